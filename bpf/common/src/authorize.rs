@@ -56,11 +56,15 @@ pub enum Reason {
     PolicyNotReceived = 21,
     /// The identity has not been prepared for this policy set.
     UnknownIdentity = 22,
+    /// A last hop towards an address that is not the pod's own.
+    NotThisPod = 23,
+    /// A last hop towards one of the agent's own ports.
+    AgentPort = 24,
 }
 
 impl Reason {
     /// All reasons, in order of their number.
-    pub const ALL: [Reason; 9] = [
+    pub const ALL: [Reason; 11] = [
         Reason::NoAllowPolicy,
         Reason::Allowed,
         Reason::Denied,
@@ -70,6 +74,8 @@ impl Reason {
         Reason::Unrepresentable,
         Reason::PolicyNotReceived,
         Reason::UnknownIdentity,
+        Reason::NotThisPod,
+        Reason::AgentPort,
     ];
 
     /// The name used in logs and metrics.
@@ -84,6 +90,8 @@ impl Reason {
             Reason::Unrepresentable => "policy-not-representable",
             Reason::PolicyNotReceived => "policy-not-received",
             Reason::UnknownIdentity => "unknown-identity",
+            Reason::NotThisPod => "not-this-pod",
+            Reason::AgentPort => "agent-port",
         }
     }
 

@@ -23,6 +23,15 @@ impl Addr {
         (a | b | c | d | e | f | g | h | i | j) == 0 && k == 0xff && l == 0xff
     }
 
+    /// Whether this is 0.0.0.0 or ::, which `connect` takes for the loopback address.
+    #[inline(always)]
+    pub fn is_unspecified(&self) -> bool {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.0;
+        let head = a | b | c | d | e | f | g | h | i | j;
+        let mapped_or_zero = (k == 0 && l == 0) || (k == 0xff && l == 0xff);
+        head == 0 && mapped_or_zero && (m | n | o | p) == 0
+    }
+
     /// Whether this is 127.0.0.0/8 or ::1.
     #[inline(always)]
     pub fn is_loopback(&self) -> bool {
@@ -92,6 +101,10 @@ pub struct Pod {
     pub inbound_port: u16,
     pub pad: u32,
 }
+
+/// The pod's workload, addresses and policies are known. Without it the pod is held:
+/// it connects to nothing but itself (a connect is refused, never sent in plaintext).
+pub const POD_READY: u32 = 1;
 
 /// `SERVICES` key: a virtual IP and port.
 pub type ServiceKey = Endpoint;
@@ -171,7 +184,8 @@ pub struct Flow {
 pub struct OriginalDst {
     pub asked: Endpoint,
     pub backend: Endpoint,
-    /// Cookie of the application's socket.
+    /// Cookie of the application's socket; 0 marks a record that two connections
+    /// claimed (the earlier one was not accepted yet), which serves neither.
     pub cookie: u64,
 }
 
@@ -381,10 +395,51 @@ pub enum Counter {
     EventsLost = 8,
     /// Connects refused because their state could not be recorded.
     NoRoom = 9,
+    /// Connects of pods that are held (`POD_READY` is missing).
+    Held = 10,
+    /// Connects refused because they could neither be redirected nor may go in
+    /// plaintext: `WORKLOAD_REFUSE`, MPTCP, a socket bound to a device.
+    Refused = 11,
 }
 
 /// Entries of `COUNTERS`.
-pub const COUNTERS: u32 = 10;
+pub const COUNTERS: u32 = 12;
+
+impl Counter {
+    /// All counters, in order of their index.
+    pub const ALL: [Counter; COUNTERS as usize] = [
+        Counter::Redirected,
+        Counter::Direct,
+        Counter::NoEndpoint,
+        Counter::AgentPort,
+        Counter::LastHopAllowed,
+        Counter::LastHopDenied,
+        Counter::PlaintextAllowed,
+        Counter::PlaintextDenied,
+        Counter::EventsLost,
+        Counter::NoRoom,
+        Counter::Held,
+        Counter::Refused,
+    ];
+
+    /// The name used in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Counter::Redirected => "redirected",
+            Counter::Direct => "direct",
+            Counter::NoEndpoint => "no_endpoint",
+            Counter::AgentPort => "agent_port_refused",
+            Counter::LastHopAllowed => "last_hop_allowed",
+            Counter::LastHopDenied => "last_hop_denied",
+            Counter::PlaintextAllowed => "plaintext_allowed",
+            Counter::PlaintextDenied => "plaintext_denied",
+            Counter::EventsLost => "events_lost",
+            Counter::NoRoom => "no_room",
+            Counter::Held => "held",
+            Counter::Refused => "refused",
+        }
+    }
+}
 
 #[cfg(feature = "aya")]
 mod pod {

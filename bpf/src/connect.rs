@@ -1,0 +1,281 @@
+//! What becomes of a TCP connect from an enrolled network namespace.
+//!
+//! Refused, passed as it is, given a service's backend, or redirected to the agent.
+//! Nothing that belongs into a tunnel ever leaves as plaintext because something went
+//! wrong here: each failure on that way refuses.
+
+use aya_ebpf::{
+    helpers::{bpf_get_prandom_u32, bpf_set_retval},
+    programs::SockAddrContext,
+};
+use ringfence_bpf_common::{
+    AGENT_DIAL, AGENT_LAST_HOP, Addr, AgentSocket, AppSocket, Backend, BackendKey, Counter,
+    Endpoint, HOOK_CONNECT, IDENTITY_NONE, POD_READY, Pod, Query, Reason, Service, Verdict,
+    WORKLOAD_MESH, WORKLOAD_REFUSE,
+};
+
+use crate::{
+    authorize::judge,
+    maps::PODS,
+    node_maps::{AGENT_SOCKS, BACKENDS, SERVICES, WORKLOADS},
+    report::{Judged, count, event},
+    socket::{self, Family},
+};
+
+/// `connect` fails with `EPERM`, or with what `bpf_set_retval` said.
+const REFUSE: i32 = 0;
+const PASS: i32 = 1;
+
+const SOCK_STREAM: u32 = 1;
+const IPPROTO_TCP: u32 = 6;
+const IPPROTO_MPTCP: u32 = 262;
+const ECONNREFUSED: i32 = 111;
+
+#[inline(always)]
+pub fn decide<F: Family>(ctx: &SockAddrContext) -> i32 {
+    let protocol = socket::protocol(ctx);
+    if socket::kind(ctx) != SOCK_STREAM || (protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP) {
+        return PASS;
+    }
+    let netns = socket::netns(ctx);
+    // SAFETY: read-only, inside the RCU read section that the program runs in.
+    let Some(pod) = (unsafe { PODS.get(netns) }) else {
+        return PASS;
+    };
+    let asked = F::read(ctx);
+    let cookie = socket::cookie(ctx);
+    // SAFETY: as above.
+    if let Some(agent) = unsafe { AGENT_SOCKS.get(cookie) } {
+        return agent_connect(netns, pod, agent, &asked);
+    }
+    app_connect::<F>(
+        ctx,
+        App {
+            netns,
+            cookie,
+            pod,
+            asked,
+            mptcp: protocol == IPPROTO_MPTCP,
+        },
+    )
+}
+
+/// A connect of the agent's own.
+#[inline(always)]
+fn agent_connect(netns: u64, pod: &Pod, agent: &AgentSocket, asked: &Endpoint) -> i32 {
+    if agent.role == AGENT_DIAL {
+        return PASS;
+    }
+    let verdict = if agent.role != AGENT_LAST_HOP || agent.identity == IDENTITY_NONE {
+        Verdict {
+            reason: Reason::UnknownIdentity,
+            term: Verdict::NO_TERM,
+        }
+    } else if !is_pods_own(pod, &asked.addr) {
+        Verdict {
+            reason: Reason::NotThisPod,
+            term: Verdict::NO_TERM,
+        }
+    } else if is_agent_port(pod, asked.port) {
+        Verdict {
+            reason: Reason::AgentPort,
+            term: Verdict::NO_TERM,
+        }
+    } else {
+        judge(&Query {
+            set: pod.policy_set,
+            identity: agent.identity,
+            source: agent.source,
+            port: asked.port,
+            destination_v4: asked.addr.is_v4(),
+        })
+    };
+    event(&Judged {
+        netns,
+        hook: HOOK_CONNECT,
+        source: &Endpoint::new(agent.source, 0),
+        destination: asked,
+        identity: agent.identity,
+        verdict,
+    });
+    if verdict.allows() {
+        count(Counter::LastHopAllowed);
+        PASS
+    } else {
+        count(Counter::LastHopDenied);
+        REFUSE
+    }
+}
+
+/// A connect of an application.
+struct App<'a> {
+    netns: u64,
+    cookie: u64,
+    pod: &'a Pod,
+    asked: Endpoint,
+    mptcp: bool,
+}
+
+#[inline(always)]
+fn app_connect<F: Family>(ctx: &SockAddrContext, app: App<'_>) -> i32 {
+    socket::forget(ctx);
+    let asked = &app.asked;
+    if asked.addr.is_loopback() || asked.addr.is_unspecified() || is_pods_own(app.pod, &asked.addr)
+    {
+        if is_agent_port(app.pod, asked.port) {
+            count(Counter::AgentPort);
+            return REFUSE;
+        }
+        return PASS;
+    }
+    if app.pod.flags & POD_READY == 0 {
+        count(Counter::Held);
+        return REFUSE;
+    }
+
+    // SAFETY: read-only, inside the RCU read section that the program runs in.
+    let service = unsafe { SERVICES.get(asked) };
+    let Some(service) = service else {
+        // SAFETY: as above.
+        let flags = match unsafe { WORKLOADS.get(asked.addr) } {
+            Some(workload) => workload.flags,
+            None => 0,
+        };
+        return route::<F>(ctx, &app, asked, flags, false);
+    };
+    let backend = match pick(service) {
+        Some(backend) => backend,
+        // The service may have been replaced between the two look-ups.
+        // SAFETY: as above.
+        None => match unsafe { SERVICES.get(asked) }.and_then(pick) {
+            Some(backend) => backend,
+            None => return no_endpoint(),
+        },
+    };
+    route::<F>(ctx, &app, &backend.endpoint, backend.flags, true)
+}
+
+/// Sends the connect towards `target`.
+#[inline(always)]
+fn route<F: Family>(
+    ctx: &SockAddrContext,
+    app: &App<'_>,
+    target: &Endpoint,
+    flags: u32,
+    chosen: bool,
+) -> i32 {
+    if flags & WORKLOAD_REFUSE != 0 {
+        count(Counter::Refused);
+        return REFUSE;
+    }
+    let own = is_pods_own(app.pod, &target.addr);
+    if (own || flags & WORKLOAD_MESH != 0) && is_agent_port(app.pod, target.port) {
+        count(Counter::AgentPort);
+        return REFUSE;
+    }
+    let mut state = AppSocket {
+        asked: app.asked,
+        backend: *target,
+        netns: app.netns,
+        cookie: app.cookie,
+        redirected: 0,
+        pad: 0,
+    };
+    if flags & WORKLOAD_MESH == 0 || own {
+        if chosen {
+            if !F::write(ctx, target) {
+                // An IPv6 backend of an IPv4 service address.
+                return no_endpoint();
+            }
+            // Without storage `getpeername` names the backend: harmless.
+            socket::remember(ctx, state);
+        }
+        count(Counter::Direct);
+        return PASS;
+    }
+
+    // A socket bound to a device would not reach a local address through it, and an
+    // MPTCP connection is another socket than the one that the record is kept with.
+    if app.mptcp || socket::bound_to_device(ctx) {
+        count(Counter::Refused);
+        return REFUSE;
+    }
+    state.redirected = 1;
+    if !socket::remember(ctx, state) {
+        count(Counter::NoRoom);
+        return REFUSE;
+    }
+    // The pod's own address rather than loopback: the kernel then chooses it as the
+    // source too, and `getsockname` says what it would have said without us.
+    let listener = if app.asked.addr.is_v4() {
+        or_loopback(app.pod.addr4, Addr::v4([127, 0, 0, 1]))
+    } else {
+        or_loopback(app.pod.addr6, LOOPBACK6)
+    };
+    F::write(ctx, &Endpoint::new(listener, app.pod.outbound_port));
+    count(Counter::Redirected);
+    PASS
+}
+
+/// A random backend of the service.
+#[inline(always)]
+fn pick(service: &Service) -> Option<&'static Backend> {
+    let backends = service.backends;
+    if backends == 0 {
+        return None;
+    }
+    // SAFETY: the helper has no precondition.
+    let random = u64::from(unsafe { bpf_get_prandom_u32() });
+    // The upper half of the product is uniform in 0..backends, without a division.
+    let index = ((random * u64::from(backends)) >> 32) as u32;
+    let key = BackendKey {
+        service: service.id,
+        index,
+    };
+    // SAFETY: read-only, inside the RCU read section that the program runs in; the
+    // reference does not outlive the program.
+    unsafe { BACKENDS.get(key) }
+}
+
+#[inline(always)]
+fn no_endpoint() -> i32 {
+    count(Counter::NoEndpoint);
+    // SAFETY: the helper has no precondition. Should it fail, the error is EPERM.
+    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    REFUSE
+}
+
+#[inline(always)]
+fn is_agent_port(pod: &Pod, port: u16) -> bool {
+    port == pod.inbound_port || port == pod.outbound_port
+}
+
+/// `Addr::NONE` in the pod never matches: it is no address to connect to.
+#[inline(always)]
+fn is_pods_own(pod: &Pod, addr: &Addr) -> bool {
+    same(addr, &pod.addr4) || same(addr, &pod.addr6)
+}
+
+#[inline(always)]
+fn or_loopback(addr: Addr, loopback: Addr) -> Addr {
+    if same(&addr, &Addr::NONE) {
+        loopback
+    } else {
+        addr
+    }
+}
+
+const LOOPBACK6: Addr = Addr([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+
+/// Equality without a call to `memcmp`, whose early exit would cost the verifier a
+/// state per byte.
+#[inline(always)]
+fn same(a: &Addr, b: &Addr) -> bool {
+    let mut difference = 0;
+    let mut i = 0;
+    while i < 16 {
+        difference |= a.0[i] ^ b.0[i];
+        i += 1;
+    }
+    difference == 0
+}

@@ -1,0 +1,161 @@
+//! The original destination of a redirected connection, recorded under the 4-tuple
+//! that the agent sees at `accept`, before the SYN leaves.
+
+use core::{
+    ffi::c_void,
+    mem::offset_of,
+    ptr::{addr_of, null_mut},
+};
+
+use aya_ebpf::{
+    bindings::{
+        BPF_ANY, BPF_NOEXIST, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1,
+        BPF_TCP_SYN_SENT, bpf_sock_ops,
+    },
+    helpers::bpf_sk_storage_get,
+    macros::sock_ops,
+    programs::SockOpsContext,
+};
+use ringfence_bpf_common::{Addr, AppSocket, Counter, Endpoint, Flow, OriginalDst};
+
+use crate::{
+    context::{load_addr, load_pointer, load_u32},
+    node_maps::{ORIGINAL_DST, SOCKS},
+    report::count,
+};
+
+const AF_INET: u32 = 2;
+const EEXIST: i32 = 17;
+
+#[sock_ops]
+#[inline(always)]
+pub fn ringfence_tcp(ctx: SockOpsContext) -> u32 {
+    match field(&ctx, Field::Op) {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx),
+        BPF_SOCK_OPS_STATE_CB => closing(&ctx),
+        _ => {}
+    }
+    1
+}
+
+#[inline(always)]
+fn connecting(ctx: &SockOpsContext) {
+    let Some(app) = redirected(ctx) else {
+        return;
+    };
+    let flow = flow(ctx, app.netns);
+    let record = OriginalDst {
+        asked: app.asked,
+        backend: app.backend,
+        cookie: app.cookie,
+    };
+    match ORIGINAL_DST.insert(flow, record, u64::from(BPF_NOEXIST)) {
+        Ok(()) => {}
+        Err(error) if error == -EEXIST => {
+            // An earlier connection from this port has ended and still waits in the
+            // agent's backlog. Its bytes must not go to this one's destination.
+            count(Counter::NoRoom);
+            let claimed_twice = OriginalDst {
+                cookie: 0,
+                ..record
+            };
+            let _ = ORIGINAL_DST.insert(flow, claimed_twice, u64::from(BPF_ANY));
+        }
+        // Without a record the agent resets the connection.
+        Err(_) => count(Counter::NoRoom),
+    }
+    let _ =
+        ctx.set_cb_flags((field(ctx, Field::CallbackFlags) | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+}
+
+/// Removes the record of a connection that failed before the agent accepted it. An
+/// orderly close keeps it: what was sent still waits to be accepted.
+#[inline(always)]
+fn closing(ctx: &SockOpsContext) {
+    let (from, to) = (field(ctx, Field::From), field(ctx, Field::To));
+    let aborted =
+        from == BPF_TCP_SYN_SENT || from == BPF_TCP_ESTABLISHED || from == BPF_TCP_FIN_WAIT1;
+    if to != BPF_TCP_CLOSE || !aborted {
+        return;
+    }
+    if let Some(app) = redirected(ctx) {
+        let _ = ORIGINAL_DST.remove(flow(ctx, app.netns));
+    }
+}
+
+/// The state of the socket, if its connection was redirected.
+#[inline(always)]
+fn redirected(ctx: &SockOpsContext) -> Option<&AppSocket> {
+    // SAFETY: a readable field of the context.
+    let sk: *mut c_void =
+        unsafe { load_pointer!(ctx.ops, offset_of!(bpf_sock_ops, __bindgen_anon_2)) };
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: a socket that is not null and a map of socket storage; nothing is created.
+    let state = unsafe { bpf_sk_storage_get(addr_of!(SOCKS).cast_mut().cast(), sk, null_mut(), 0) }
+        .cast::<AppSocket>();
+    // SAFETY: null or storage that lives as long as the socket of this call.
+    let state = unsafe { state.as_ref() }?;
+    (state.redirected == 1).then_some(state)
+}
+
+/// The connection as the agent's end of it sees it. An `AF_INET6` socket with an
+/// IPv4-mapped destination has mapped addresses here, so all forms give one key.
+#[inline(always)]
+fn flow(ctx: &SockOpsContext, netns: u64) -> Flow {
+    // SAFETY: readable fields of the context.
+    unsafe {
+        let local_port = load_u32!(ctx.ops, offset_of!(bpf_sock_ops, local_port));
+        let remote_port = load_u32!(ctx.ops, offset_of!(bpf_sock_ops, remote_port));
+        let (local, remote) = if field(ctx, Field::Family) == AF_INET {
+            let local = load_u32!(ctx.ops, offset_of!(bpf_sock_ops, local_ip4));
+            let remote = load_u32!(ctx.ops, offset_of!(bpf_sock_ops, remote_ip4));
+            (
+                Addr::v4(local.to_ne_bytes()),
+                Addr::v4(remote.to_ne_bytes()),
+            )
+        } else {
+            (
+                load_addr!(ctx.ops, offset_of!(bpf_sock_ops, local_ip6)),
+                load_addr!(ctx.ops, offset_of!(bpf_sock_ops, remote_ip6)),
+            )
+        };
+        Flow {
+            netns,
+            // Host byte order, unlike the remote port, whose two bytes are in network
+            // order in the upper half.
+            source: Endpoint::new(local, local_port as u16),
+            listener: Endpoint::new(remote, u32::from_be(remote_port) as u16),
+        }
+    }
+}
+
+enum Field {
+    Op,
+    Family,
+    CallbackFlags,
+    /// State callback: the state that is left.
+    From,
+    /// State callback: the state that comes.
+    To,
+}
+
+#[inline(always)]
+fn field(ctx: &SockOpsContext, field: Field) -> u32 {
+    // The arguments are the first member of the union behind `op`.
+    const ARGS: usize = offset_of!(bpf_sock_ops, __bindgen_anon_1);
+    // SAFETY: readable fields of the context.
+    unsafe {
+        match field {
+            Field::Op => load_u32!(ctx.ops, offset_of!(bpf_sock_ops, op)),
+            Field::Family => load_u32!(ctx.ops, offset_of!(bpf_sock_ops, family)),
+            Field::CallbackFlags => {
+                load_u32!(ctx.ops, offset_of!(bpf_sock_ops, bpf_sock_ops_cb_flags))
+            }
+            Field::From => load_u32!(ctx.ops, ARGS),
+            Field::To => load_u32!(ctx.ops, ARGS + 4),
+        }
+    }
+}

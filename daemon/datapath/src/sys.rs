@@ -1,0 +1,151 @@
+//! System calls that no crate here wraps: the only `unsafe` of this crate.
+#![allow(unsafe_code)]
+
+use std::{
+    ffi::CString,
+    io,
+    mem::size_of,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+use aya::maps::{MapData, RingBuf};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// The cookie of the network namespace that `socket` was made in (`SO_NETNS_COOKIE`,
+/// Linux 5.14): the key of enrolment.
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    socket_option(socket, libc::SO_NETNS_COOKIE)
+}
+
+/// The cookie of `socket` (`SO_COOKIE`), unique since boot.
+pub fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    socket_option(socket, libc::SO_COOKIE)
+}
+
+fn socket_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64> {
+    let mut value = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the descriptor is open, and the kernel writes at most `length` bytes into
+    // `value`, which has that many.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Waits until every eBPF program that runs now has ended (an RCU grace period).
+pub(crate) fn wait_for_programs() -> io::Result<()> {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: the call takes numbers only; it is `synchronize_rcu` inside
+    // (kernel/sched/membarrier.c).
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Waits for a ring buffer on the current tokio runtime.
+pub(crate) fn watch(ring: RingBuf<MapData>) -> io::Result<AsyncFd<RingBuf<MapData>>> {
+    // Without a runtime the registration would panic.
+    tokio::runtime::Handle::try_current().map_err(io::Error::other)?;
+    // SAFETY: the ring buffer owns its descriptor, which stays open and the same until
+    // it is dropped, and the `AsyncFd` owns the ring buffer.
+    let watched = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) };
+    Ok(watched?)
+}
+
+const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_UPDATE: libc::c_int = 29;
+
+/// Opens a pinned link.
+pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    /// `union bpf_attr` of `BPF_OBJ_GET`.
+    #[repr(C)]
+    struct Attr {
+        pathname: u64,
+        bpf_fd: u32,
+        file_flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = Attr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
+    // SAFETY: `Attr` has the layout of this command's part of the union, and the path
+    // lives until the call returns.
+    let fd = unsafe { bpf(BPF_OBJ_GET, &mut attr) }?;
+    // SAFETY: the kernel just made the descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Exchanges the program of a link in one step.
+pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    /// `union bpf_attr` of `BPF_LINK_UPDATE`.
+    #[repr(C)]
+    struct Attr {
+        link_fd: u32,
+        new_prog_fd: u32,
+        flags: u32,
+        old_prog_fd: u32,
+    }
+    let mut attr = Attr {
+        link_fd: link.as_raw_fd().cast_unsigned(),
+        new_prog_fd: program.as_raw_fd().cast_unsigned(),
+        flags: 0,
+        old_prog_fd: 0,
+    };
+    // SAFETY: `Attr` has the layout of this command's part of the union; both
+    // descriptors are open.
+    unsafe { bpf(BPF_LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// Whether the network namespace of a `sk_lookup` link still exists: the kernel
+/// detaches the link when it ends, and reports inode 0 then.
+pub(crate) fn netns_link_is_alive(link: BorrowedFd<'_>) -> io::Result<bool> {
+    /// `struct bpf_link_info` up to the member for network namespaces.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+        prog_id: u32,
+        pad: u32,
+        netns_ino: u32,
+        attach_type: u32,
+        rest: [u64; 2],
+    }
+    /// `union bpf_attr` of `BPF_OBJ_GET_INFO_BY_FD`.
+    #[repr(C)]
+    struct Attr {
+        bpf_fd: u32,
+        info_len: u32,
+        info: u64,
+    }
+    let mut info = Info::default();
+    let mut attr = Attr {
+        bpf_fd: link.as_raw_fd().cast_unsigned(),
+        info_len: size_of::<Info>() as u32,
+        info: (&raw mut info) as u64,
+    };
+    // SAFETY: `Attr` has the layout of this command's part of the union, and the kernel
+    // writes at most `info_len` bytes into `info`, which lives until the call returns.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    Ok(info.netns_ino != 0)
+}
+
+/// # Safety
+///
+/// `attr` has the layout that `command` wants, and what it points to is valid for it.
+unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_int> {
+    // SAFETY: the size tells the kernel how much of the union there is; the rest is the
+    // caller's contract.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as libc::c_int) }
+}

@@ -1,0 +1,111 @@
+//! Records of original destinations: none is lost, none is left, none goes to another
+//! connection.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::{
+    io::{Read, Write},
+    net::SocketAddr,
+    time::Duration,
+};
+
+use socket2::{Domain, Socket};
+use support::*;
+
+fn bound(lab: &Lab, port: u16) -> Socket {
+    let socket = lab.pod.socket(Domain::IPV4);
+    socket.set_reuse_address(true).unwrap();
+    socket.bind(&at(POD4, port).into()).unwrap();
+    socket
+}
+
+#[test]
+fn record_of_a_refused_connect_is_removed() {
+    if !can_run("record_of_a_refused_connect_is_removed") {
+        return;
+    }
+    let lab = Lab::new();
+    let socket = bound(&lab, 40001);
+    let refused = lab.pod.run(|| socket.connect(&at(MESH4, 80).into()));
+    assert_eq!(errno(refused), libc::ECONNREFUSED);
+    let record =
+        lab.datapath.take_original_destination(lab.cookie, at(POD4, 40001), at(POD4, OUTBOUND));
+    assert_eq!(record, None);
+}
+
+#[test]
+fn record_of_an_aborted_connection_is_removed() {
+    if !can_run("record_of_an_aborted_connection_is_removed") {
+        return;
+    }
+    let lab = Lab::new();
+    let _agent = lab.agent(POD4);
+    let socket = bound(&lab, 40001);
+    lab.pod.run(|| socket.connect(&at(MESH4, 80).into())).unwrap();
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+    drop(socket);
+    let record =
+        lab.datapath.take_original_destination(lab.cookie, at(POD4, 40001), at(POD4, OUTBOUND));
+    assert_eq!(record, None);
+}
+
+#[test]
+fn closed_connection_in_the_backlog_keeps_its_record() {
+    if !can_run("closed_connection_in_the_backlog_keeps_its_record") {
+        return;
+    }
+    let lab = Lab::new();
+    let agent = lab.agent(POD4);
+    let mut app = lab.pod.connect(at(MESH4, 80)).unwrap();
+    app.write_all(b"sent before the agent accepted").unwrap();
+    drop(app);
+    let (mut stream, source) = agent.accept().unwrap();
+    let mut received = String::new();
+    stream.read_to_string(&mut received).unwrap();
+    assert_eq!(received, "sent before the agent accepted");
+    let local = stream.local_addr().unwrap();
+    let record = lab.datapath.take_original_destination(lab.cookie, source, local).unwrap();
+    assert_eq!(record.asked, endpoint(MESH4, 80));
+}
+
+#[test]
+fn unknown_connection_has_no_record() {
+    if !can_run("unknown_connection_has_no_record") {
+        return;
+    }
+    let lab = Lab::new();
+    let source: SocketAddr = at(POD4, 4242);
+    let listener = at(POD4, OUTBOUND);
+    assert_eq!(lab.datapath.take_original_destination(lab.cookie, source, listener), None);
+}
+
+#[test]
+fn many_connections_in_the_backlog_keep_their_own_records() {
+    if !can_run("many_connections_in_the_backlog_keep_their_own_records") {
+        return;
+    }
+    let lab = Lab::new();
+    let agent = lab.pod.run(|| {
+        let socket = Socket::new(Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&at(POD4, OUTBOUND).into()).unwrap();
+        socket.listen(4096).unwrap();
+        socket
+    });
+    lab.pod.run(|| std::fs::write("/proc/sys/net/core/somaxconn", "4096")).unwrap();
+    lab.pod.run(|| agent.listen(4096)).unwrap();
+    let apps: Vec<_> = (1..=1000)
+        .map(|port| lab.pod.connect(at(MESH4, port)).unwrap())
+        .collect();
+    for app in &apps {
+        let (_, source) = agent.accept().unwrap();
+        let source = source.as_socket().unwrap();
+        let record = lab
+            .datapath
+            .take_original_destination(lab.cookie, source, at(POD4, OUTBOUND))
+            .expect("a record");
+        // The backlog is a queue: they come in order.
+        assert_eq!(record.asked, endpoint(MESH4, app.peer_addr().unwrap().port()));
+    }
+    assert_eq!(lab.counter("no_room"), 0);
+}

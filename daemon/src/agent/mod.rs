@@ -1,0 +1,390 @@
+//! The node's agent: what it holds, and how the parts are wired.
+
+mod convert;
+mod inbound;
+mod mesh;
+mod metrics;
+mod netns;
+mod outbound;
+mod pods;
+mod policy;
+mod pool;
+mod roster;
+mod sockets;
+mod streams;
+mod sync;
+mod updates;
+mod watch;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+use anyhow::Context;
+use ktls_offload::{KernelSuites, RecordLayer, SoftwareReason, Tunnel, TunnelConfig};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use ringfence_bpf_common::Reason;
+use ringfence_datapath::{Datapath, Options};
+use ringfence_identity::{CaClient, CaClientConfig, ManagerConfig, SvidManager, SvidState, SvidStatus, TrustBundles};
+use ringfence_xds::{AdsClient, ClientConfig, ConnectionState, NodeInfo};
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, watch as state};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{AgentConfig, RecordLayerChoice};
+use crate::{admin, status};
+use mesh::Mesh;
+use metrics::Metrics;
+use pods::Pods;
+use policy::{Identities, SetNumbers};
+use pool::Pool;
+use roster::Roster;
+use streams::{Activity, Direction, Stream};
+use sync::Tables;
+use updates::Updates;
+use watch::FileChanges;
+
+/// The application protocols of a tunnel, in order of preference.
+const TUNNEL_ALPN: &[&[u8]] = &[ktls_offload::ALPN];
+
+/// Everything that the agent's tasks share.
+#[derive(Debug)]
+pub struct Agent {
+    config: AgentConfig,
+    datapath: Datapath,
+    /// How tunnels are made; `records` is the record layer and why it is that one.
+    tunnels: TunnelConfig,
+    bundles: Arc<TrustBundles>,
+    svids: SvidManager,
+    mesh: RwLock<Mesh>,
+    /// The mesh changed: the kernel's tables must follow.
+    changed: Notify,
+    sync: Synced,
+    control_plane: OnceLock<state::Receiver<ConnectionState>>,
+    pods: Pods,
+    identities: Identities,
+    set_numbers: SetNumbers,
+    pool: Pool,
+    activity: Arc<Activity>,
+    metrics: Metrics,
+}
+
+/// Whether the first complete answer of each type has arrived.
+#[derive(Debug, Default)]
+struct Synced {
+    addresses: AtomicBool,
+    policies: AtomicBool,
+}
+
+impl Synced {
+    fn addresses(&self) {
+        self.addresses.store(true, Ordering::Release);
+    }
+
+    fn policies(&self) {
+        self.policies.store(true, Ordering::Release);
+    }
+}
+
+impl Agent {
+    fn mesh(&self) -> RwLockReadGuard<'_, Mesh> {
+        self.mesh.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn mesh_mut(&self) -> RwLockWriteGuard<'_, Mesh> {
+        self.mesh.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether everything that the control plane had has arrived once. Policies and the
+    /// workloads that name them are two subscriptions: nothing is decided on one alone.
+    fn synced(&self) -> bool {
+        self.sync.addresses.load(Ordering::Acquire) && self.sync.policies.load(Ordering::Acquire)
+    }
+
+    /// The metrics.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Relays a stream until it ends; the tunnel comes back when it can serve another.
+    async fn relay(&self, app: TcpStream, tunnel: Tunnel, stream: Stream) -> Option<Tunnel> {
+        let (id, peer, direction) = (streams::hex(&stream.id), stream.peer.clone(), stream.direction);
+        let (source, destination, handle) = (stream.source, stream.destination, stream.handle.clone());
+        let _listed = self.activity.enter(stream);
+        let end = ktls_offload::relay(app, tunnel, handle).await;
+        let outcome = end.outcome.as_str();
+        self.metrics.stream_ended(outcome);
+        tracing::info!(
+            stream = id, direction = direction.as_str(), %source, %destination, %peer,
+            sent = end.bytes_tx, received = end.bytes_rx, outcome, "stream ended"
+        );
+        end.tunnel
+    }
+
+    /// Records a finished handshake.
+    fn handshake_done(&self, direction: Direction, tunnel: &Tunnel) {
+        self.metrics.handshakes.inc();
+        let peer = tunnel.peer();
+        self.activity.handshake(status::Handshake {
+            direction: direction.as_str().into(),
+            peer: peer.id().to_string(),
+            issuer: peer.issuer().into(),
+            serial: peer.serial().into(),
+            not_after: peer.not_after(),
+            cipher: tunnel.cipher_suite().as_str().unwrap_or("unknown").into(),
+            key_exchange: tunnel.kx_group().and_then(|g| g.as_str()).unwrap_or("unknown").into(),
+            record_layer: tunnel.record_layer().as_str().into(),
+            at: status::now(),
+        });
+    }
+
+    /// The status page.
+    pub fn status(&self) -> status::Status {
+        let pods = self.pods.status();
+        let mut counters = self.metrics.counters();
+        match self.datapath.counters() {
+            Ok(kernel) => counters.extend(kernel.into_iter().map(|(name, n)| (format!("kernel.{name}"), n))),
+            Err(error) => tracing::warn!(%error, "the kernel's counters cannot be read"),
+        }
+        let connection = self.control_plane.get().map(|state| state.borrow().clone());
+        let (state, error) = match connection {
+            None | Some(ConnectionState::Connecting) => ("connecting", None),
+            Some(ConnectionState::Connected { .. }) => ("connected", None),
+            Some(ConnectionState::Failed { error, .. }) => ("failed", Some(error.to_string())),
+        };
+        let svids: Vec<_> = self.svids.snapshot().into_iter().map(describe_svid).collect();
+        let mesh = self.mesh();
+        status::Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            map_layout: ringfence_bpf_common::LAYOUT_VERSION,
+            node: self.config.node.name.clone(),
+            ready: self.synced() && pods.iter().all(|p| p.ready) && svids.iter().all(|s| s.valid),
+            control_plane: status::ControlPlane {
+                address: self.config.control_plane.address.clone(),
+                state: state.into(),
+                error,
+                synced: self.synced(),
+                workloads: mesh.workloads.len(),
+                services: mesh.services.len(),
+            },
+            record_layer: status::RecordLayer {
+                mode: self.tunnels.records.as_str().into(),
+                reason: match self.tunnels.records {
+                    RecordLayer::Kernel(suites) => name_suites(suites),
+                    RecordLayer::Software(reason) => reason.to_string(),
+                },
+            },
+            pods,
+            svids,
+            streams: self.activity.streams(),
+            handshakes: self.activity.handshakes(),
+            policies: policy::describe(&mesh.policies),
+            counters,
+        }
+    }
+}
+
+/// Runs the agent until `shutdown` completes. What is pinned in the kernel stays:
+/// enforcement goes on without an agent, and the next one takes over from there.
+pub async fn run(config: AgentConfig, path: &Path, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+    raise_descriptor_limit();
+    let record_layer = choose_record_layer(config.record_layer)?;
+    tracing::info!(%record_layer, "records are protected by");
+
+    let options = Options { pin_dir: config.pin_dir.clone(), cgroup: config.cgroup.clone() };
+    let datapath = Datapath::load(options).context("the eBPF programs cannot be put in place")?;
+    let tables = Tables::read(&config.node.network, &datapath)?;
+    let highest_set = datapath.policy_sets()?.into_iter().max().unwrap_or(0);
+    let listener = admin::bind(&config.admin_socket)
+        .await
+        .with_context(|| format!("admin socket {}", config.admin_socket.display()))?;
+
+    let bundles = Arc::new(TrustBundles::new());
+    let agent = Arc::new(Agent {
+        svids: SvidManager::start(Arc::new(CaClient::new(ca_config(&config))?), bundles.clone(), manager_config(&config)),
+        mesh: RwLock::new(Mesh::new(&config.root_namespace)),
+        set_numbers: SetNumbers::after(highest_set),
+        datapath,
+        tunnels: TunnelConfig {
+            require_kernel: config.record_layer == RecordLayerChoice::Kernel,
+            ..TunnelConfig::new(record_layer)
+        },
+        bundles,
+        changed: Notify::new(),
+        sync: Synced::default(),
+        control_plane: OnceLock::new(),
+        pods: Pods::default(),
+        identities: Identities::default(),
+        pool: Pool::default(),
+        activity: Arc::default(),
+        metrics: Metrics::default(),
+        config,
+    });
+    let mut background = JoinSet::new();
+    background.spawn(admin::serve(listener, agent.clone()));
+    background.spawn(log_verdicts(agent.clone()));
+
+    let mut roster = Roster::default();
+    roster.wanted(&agent, agent.config.pods.clone()).await;
+
+    let (ads, state) = AdsClient::new(ads_config(&agent.config), Updates(agent.clone()));
+    agent.control_plane.get_or_init(|| state);
+    let stop = CancellationToken::new();
+    background.spawn(ads.run(stop.clone()));
+
+    let result = supervise(&agent, &mut roster, tables, path, shutdown).await;
+    stop.cancel();
+    background.shutdown().await;
+    result
+}
+
+/// The one task that changes the kernel's tables and the set of pods.
+async fn supervise(
+    agent: &Arc<Agent>,
+    roster: &mut Roster,
+    mut tables: Tables,
+    path: &Path,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let mut file_changes = FileChanges::of(path)?;
+    let mut tick = tokio::time::interval(Duration::from_secs(2));
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        tokio::select! {
+            () = &mut shutdown => return Ok(()),
+            () = agent.changed.notified() => reconcile(agent, &mut tables),
+            () = file_changes.next() => match AgentConfig::load(path) {
+                Ok(config) => roster.wanted(agent, config.pods).await,
+                Err(error) => tracing::error!(%error, "the changed configuration is not used"),
+            },
+            _ = tick.tick() => {
+                roster.retry(agent).await;
+                agent.pool.sweep().await;
+            }
+        }
+    }
+}
+
+/// Makes the kernel's tables and the pods what the mesh says. Before both kinds of
+/// resources are complete, what is pinned goes on deciding.
+fn reconcile(agent: &Agent, tables: &mut Tables) {
+    if !agent.synced() {
+        return;
+    }
+    let mesh = agent.mesh();
+    if let Err(error) = tables.apply(&mesh, &agent.datapath) {
+        tracing::error!(%error, "the kernel's tables are not up to date");
+    }
+    for pod in agent.pods.list() {
+        if let Err(error) = pods::refresh(agent, &pod, &mesh) {
+            tracing::error!(%error, pod = pod.config.name, "the pod's kernel tables are not up to date");
+        }
+    }
+}
+
+/// Writes the kernel's refusals to the log. A lost event is counted, never a verdict.
+async fn log_verdicts(agent: Arc<Agent>) {
+    let mut events = match agent.datapath.events() {
+        Ok(events) => events,
+        Err(error) => {
+            tracing::error!(%error, "verdicts cannot be logged; they are enforced all the same");
+            return;
+        }
+    };
+    loop {
+        match events.next().await {
+            Ok(event) => {
+                let reason = Reason::from_number(event.reason).map_or("unknown", Reason::as_str);
+                let source = SocketAddr::new(event.source.addr.into(), event.source.port);
+                let destination = SocketAddr::new(event.destination.addr.into(), event.destination.port);
+                let peer = agent.identities.describe(event.identity);
+                if event.reason >= Reason::Denied as u16 {
+                    tracing::info!(%source, %destination, peer, reason, "denied by the kernel");
+                } else {
+                    tracing::debug!(%source, %destination, peer, reason, "admitted by the kernel");
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "verdicts are no longer logged; they are enforced all the same");
+                return;
+            }
+        }
+    }
+}
+
+fn choose_record_layer(choice: RecordLayerChoice) -> anyhow::Result<RecordLayer> {
+    if choice == RecordLayerChoice::Software {
+        return Ok(RecordLayer::Software(SoftwareReason::Configured));
+    }
+    match ktls_offload::probe() {
+        RecordLayer::Software(reason) if choice == RecordLayerChoice::Kernel => {
+            anyhow::bail!("record_layer is `kernel`, and that cannot be had: {reason}")
+        }
+        layer => Ok(layer),
+    }
+}
+
+fn name_suites(suites: KernelSuites) -> String {
+    let all = [
+        (suites.aes_128_gcm, "AES-128-GCM"),
+        (suites.aes_256_gcm, "AES-256-GCM"),
+        (suites.chacha20_poly1305, "ChaCha20-Poly1305"),
+    ];
+    let names: Vec<_> = all.into_iter().filter(|(has, _)| *has).map(|(_, name)| name).collect();
+    format!("the kernel takes {}", names.join(", "))
+}
+
+fn manager_config(config: &AgentConfig) -> ManagerConfig {
+    ManagerConfig { ttl: config.control_plane.svid_ttl(), ..ManagerConfig::default() }
+}
+
+fn describe_svid(svid: SvidStatus) -> status::Svid {
+    status::Svid {
+        id: svid.identity.spiffe_id().to_string(),
+        valid: matches!(svid.state, SvidState::Ready | SvidState::RefreshFailing),
+        state: svid.state.as_str().into(),
+        serial: svid.serial.unwrap_or_default(),
+        issuer: svid.issuer.unwrap_or_default(),
+        not_before: svid.not_before.unwrap_or_default(),
+        not_after: svid.not_after.unwrap_or_default(),
+        error: svid.last_error,
+    }
+}
+
+fn ca_config(config: &AgentConfig) -> CaClientConfig {
+    CaClientConfig {
+        address: config.control_plane.ca().into(),
+        server_name: None,
+        root_file: config.control_plane.root_ca.clone(),
+        token_file: config.control_plane.token.clone(),
+        cluster_id: config.node.cluster.clone(),
+        timeout: Duration::from_secs(10),
+    }
+}
+
+fn ads_config(config: &AgentConfig) -> ClientConfig {
+    let node = &config.node;
+    ClientConfig {
+        address: config.control_plane.address.clone(),
+        root_ca: config.control_plane.root_ca.clone(),
+        token_file: config.control_plane.token.clone(),
+        node: NodeInfo {
+            name: node.pod_name.clone(),
+            namespace: node.pod_namespace.clone(),
+            address: node.address,
+            node_name: node.name.clone(),
+            cluster_id: node.cluster.clone(),
+        },
+    }
+}
+
+/// A stream takes about six descriptors.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open descriptors stays as it was");
+    }
+}

@@ -1,0 +1,284 @@
+//! The agent's configuration file.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+/// `ringfence agent --config`: one YAML file. Unknown fields are errors.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentConfig {
+    /// This node.
+    pub node: Node,
+    /// Where certificates and policies come from.
+    pub control_plane: ControlPlane,
+    /// The namespace whose policies are global, and whose name the static strict policy has.
+    #[serde(default = "default_root_namespace")]
+    pub root_namespace: String,
+    /// The pods to enrol.
+    #[serde(default)]
+    pub pods: Vec<PodConfig>,
+    /// Which record layer protects tunnels.
+    #[serde(default)]
+    pub record_layer: RecordLayerChoice,
+    /// Unix socket of `ringfence status`.
+    #[serde(default = "default_admin_socket")]
+    pub admin_socket: PathBuf,
+    /// Folder in bpffs for links and maps.
+    #[serde(default = "default_pin_dir")]
+    pub pin_dir: PathBuf,
+    /// Root of the cgroup v2 hierarchy; found in the mount table when absent.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
+}
+
+/// Identification of this node towards the control plane.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    /// Name, as the control plane knows it.
+    pub name: String,
+    /// The agent's own address, for the xDS node id.
+    pub address: IpAddr,
+    /// Network of this node's workloads; empty is the default network.
+    #[serde(default)]
+    pub network: String,
+    /// Cluster id (`clusterid` header).
+    #[serde(default = "default_cluster")]
+    pub cluster: String,
+    /// The agent's own pod.
+    #[serde(default = "default_agent_name")]
+    pub pod_name: String,
+    /// Namespace of the agent's own pod; must match the token.
+    #[serde(default = "default_root_namespace")]
+    pub pod_namespace: String,
+}
+
+/// Istiod, or `ringfence control-plane`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ControlPlane {
+    /// `https://host:port` of xDS.
+    pub address: String,
+    /// `https://host:port` of the CA when it is another one.
+    #[serde(default)]
+    pub ca_address: Option<String>,
+    /// PEM file with the roots that its server certificate chains to.
+    pub root_ca: PathBuf,
+    /// File with this node's bearer token; read again for each request.
+    pub token: PathBuf,
+    /// Life time asked for certificates, in seconds.
+    #[serde(default = "default_ttl")]
+    pub svid_ttl_seconds: u64,
+}
+
+impl ControlPlane {
+    /// Where certificates are signed.
+    pub fn ca(&self) -> &str {
+        self.ca_address.as_deref().unwrap_or(&self.address)
+    }
+
+    /// Life time asked for certificates.
+    pub fn svid_ttl(&self) -> Duration {
+        Duration::from_secs(self.svid_ttl_seconds)
+    }
+}
+
+/// A pod to enrol, known by its network namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PodConfig {
+    /// Path of the network namespace, for example `/run/netns/web`.
+    pub netns: PathBuf,
+    /// Namespace of the workload.
+    pub namespace: String,
+    /// Name of the workload.
+    pub name: String,
+}
+
+/// Operator's choice of the record layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecordLayerChoice {
+    /// The kernel when it can, software otherwise (status says why).
+    #[default]
+    Auto,
+    /// The kernel, or the agent does not start.
+    Kernel,
+    /// Software, also where the kernel could.
+    Software,
+}
+
+fn default_root_namespace() -> String {
+    "ringfence-system".into()
+}
+fn default_cluster() -> String {
+    "Kubernetes".into()
+}
+fn default_agent_name() -> String {
+    "ringfence".into()
+}
+fn default_admin_socket() -> PathBuf {
+    "/run/ringfence/agent.sock".into()
+}
+fn default_pin_dir() -> PathBuf {
+    "/sys/fs/bpf/ringfence".into()
+}
+fn default_ttl() -> u64 {
+    24 * 3600
+}
+
+/// A configuration that cannot be used: file, line, field, what was expected.
+#[derive(Debug)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// YAML that is malformed or has an unknown, missing or ill-typed field.
+    Parse {
+        /// The file.
+        file: PathBuf,
+        /// 1-based, when known.
+        line: Option<u64>,
+        /// The parser's words.
+        message: String,
+    },
+    /// A value that is well-formed and makes no sense.
+    Value {
+        /// The file.
+        file: PathBuf,
+        /// Dotted path of the field.
+        field: String,
+        /// What was expected.
+        expected: String,
+    },
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Read { file, source } => write!(f, "{}: cannot be read: {source}", file.display()),
+            Self::Parse { file, line: Some(line), message } => {
+                write!(f, "{}:{line}: {message}", file.display())
+            }
+            Self::Parse { file, line: None, message } => write!(f, "{}: {message}", file.display()),
+            Self::Value { file, field, expected } => {
+                write!(f, "{}: {field}: {expected}", file.display())
+            }
+        }
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl AgentConfig {
+    /// Reads and checks a file; nothing of a bad file is used.
+    pub fn load(file: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(file)
+            .map_err(|source| ConfigError::Read { file: file.into(), source })?;
+        Self::parse(file, &text)
+    }
+
+    fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        let config: AgentConfig = serde_saphyr::from_str(text).map_err(|e| ConfigError::Parse {
+            file: file.into(),
+            line: e.location().map(|l| l.line()),
+            message: first_line(&e.to_string()),
+        })?;
+        config.check(file)?;
+        Ok(config)
+    }
+
+    fn check(&self, file: &Path) -> Result<(), ConfigError> {
+        let bad = |field: String, expected: String| {
+            Err(ConfigError::Value { file: file.into(), field, expected })
+        };
+        for (field, address) in [
+            ("control_plane.address", Some(&self.control_plane.address)),
+            ("control_plane.ca_address", self.control_plane.ca_address.as_ref()),
+        ] {
+            let Some(address) = address else { continue };
+            let uri = address.parse::<http::Uri>();
+            if !uri.is_ok_and(|u| u.scheme_str() == Some("https") && u.port().is_some()) {
+                return bad(field.into(), format!("`{address}` is not https://host:port"));
+            }
+        }
+        if self.node.name.is_empty() {
+            return bad("node.name".into(), "must not be empty".into());
+        }
+        for (i, pod) in self.pods.iter().enumerate() {
+            for (name, value) in [("namespace", &pod.namespace), ("name", &pod.name)] {
+                if value.is_empty() {
+                    return bad(format!("pods[{i}].{name}"), "must not be empty".into());
+                }
+            }
+            if self.pods.iter().take(i).any(|other| other.netns == pod.netns) {
+                let expected = format!("{} is listed twice", pod.netns.display());
+                return bad(format!("pods[{i}].netns"), expected);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The parser's message goes on with an excerpt of the file; the first line is what
+/// fits a log line.
+fn first_line(message: &str) -> String {
+    message.lines().next().unwrap_or(message).trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const GOOD: &str = "\
+node: {name: node-a, address: 10.77.0.1}
+control_plane:
+  address: https://10.77.0.1:15012
+  root_ca: /tmp/root.pem
+  token: /tmp/token
+pods:
+  - {netns: /run/netns/a, namespace: demo, name: client}
+";
+
+    fn parse(text: &str) -> Result<AgentConfig, ConfigError> {
+        AgentConfig::parse(Path::new("agent.yaml"), text)
+    }
+
+    #[test]
+    fn minimal_config_gets_the_documented_defaults() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.root_namespace, "ringfence-system");
+        assert_eq!(config.record_layer, RecordLayerChoice::Auto);
+        assert_eq!(config.control_plane.ca(), "https://10.77.0.1:15012");
+    }
+
+    #[test]
+    fn unknown_field_is_refused_with_file_and_line() {
+        let text = GOOD.replace("  token: /tmp/token\n", "  token: /tmp/token\n  tokn: x\n");
+        let error = parse(&text).unwrap_err().to_string();
+        assert!(error.starts_with("agent.yaml:6:"), "{error}");
+        assert!(error.contains("tokn"), "{error}");
+    }
+
+    #[test]
+    fn plaintext_control_plane_is_refused() {
+        let error = parse(&GOOD.replace("https://", "http://")).unwrap_err().to_string();
+        assert!(error.contains("control_plane.address"), "{error}");
+    }
+
+    #[test]
+    fn namespace_listed_twice_is_refused() {
+        let text = format!("{GOOD}  - {{netns: /run/netns/a, namespace: demo, name: other}}\n");
+        let error = parse(&text).unwrap_err().to_string();
+        assert!(error.contains("pods[1].netns"), "{error}");
+    }
+}

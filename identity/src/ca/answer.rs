@@ -1,0 +1,89 @@
+//! What the CA answered: a chain that must hold before anybody sees it.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use rustls::sign::SigningKey;
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, UnixTime};
+
+use crate::bundles::Bundle;
+use crate::chain::{self, Role};
+use crate::source::{FetchProblem, Issued};
+use crate::spiffe_id::WorkloadIdentity;
+use crate::svid::Svid;
+
+/// Bytes of a whole answer.
+pub(super) const MAX_ANSWER_BYTES: usize = 1024 * 1024;
+
+/// Turns `cert_chain` into an SVID and its roots.
+///
+/// The elements are PEM, leaf first and root last. The last element may hold
+/// several roots, any other several intermediates. Some CAs append the root to
+/// the chain as well; it is taken out, as peers have it already.
+pub(super) fn check(
+    cert_chain: &[String],
+    identity: &WorkloadIdentity,
+    key: Arc<dyn SigningKey>,
+    now: SystemTime,
+) -> Result<Issued, FetchProblem> {
+    let Some((roots, chain)) = cert_chain.split_last() else {
+        return Err(bad("it holds no certificate".to_owned()));
+    };
+    if chain.is_empty() {
+        return Err(bad(
+            "it has one element; expected the leaf first and the root last".to_owned(),
+        ));
+    }
+    let roots = read(roots, cert_chain.len())?;
+    let bundle = Bundle::of(identity.trust_domain(), &roots)?;
+
+    let mut certificates = Vec::new();
+    for (index, element) in chain.iter().enumerate() {
+        let read = read(element, index.saturating_add(1))?;
+        certificates.extend(read.into_iter().filter(|der| !bundle.contains(der)));
+        if certificates.len() > MAX_CERTIFICATES {
+            return Err(bad(format!("it holds more than {MAX_CERTIFICATES} certificates")));
+        }
+    }
+    let svid = Svid::new(identity.spiffe_id(), certificates, key, now)?;
+    let (leaf, intermediates) = svid
+        .chain()
+        .split_first()
+        .ok_or_else(|| bad("it holds no leaf".to_owned()))?;
+    let since_epoch = now
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO);
+    // We are a client to some peers and a server to others.
+    for role in [Role::Client, Role::Server] {
+        let now = UnixTime::since_unix_epoch(since_epoch);
+        chain::verify(leaf, intermediates, &bundle, role, now).map_err(FetchProblem::BadChain)?;
+    }
+    Ok(Issued {
+        svid: Arc::new(svid),
+        roots,
+    })
+}
+
+/// The certificates of one element, counted from 1.
+fn read(pem: &str, position: usize) -> Result<Vec<CertificateDer<'static>>, FetchProblem> {
+    let certificates = CertificateDer::pem_slice_iter(pem.as_bytes())
+        .take(MAX_CERTIFICATES.saturating_add(1))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| bad(format!("element {position} is not PEM: {error}")))?;
+    if certificates.is_empty() {
+        return Err(bad(format!("element {position} holds no PEM certificate")));
+    }
+    if certificates.len() > MAX_CERTIFICATES {
+        return Err(bad(format!(
+            "element {position} holds more than {MAX_CERTIFICATES} certificates"
+        )));
+    }
+    Ok(certificates)
+}
+
+fn bad(problem: String) -> FetchProblem {
+    FetchProblem::BadAnswer(problem)
+}
+
+const MAX_CERTIFICATES: usize = 64;

@@ -1,0 +1,158 @@
+//! One wanted identity.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use arc_swap::ArcSwapOption;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::{NoSvid, SvidState, SvidStatus};
+use crate::source::FetchError;
+use crate::spiffe_id::WorkloadIdentity;
+use crate::svid::Svid;
+
+pub(super) struct Entry {
+    pub(super) identity: Arc<WorkloadIdentity>,
+    svid: ArcSwapOption<Svid>,
+    last_error: ArcSwapOption<FetchError>,
+    /// Someone waits for it, or a connection was refused for want of it.
+    demanded: AtomicBool,
+    progress: Mutex<Progress>,
+    changed: watch::Sender<()>,
+}
+
+struct Progress {
+    in_flight: bool,
+    failures: u32,
+    due: Due,
+}
+
+/// The earlier of two clocks: the monotonic one makes progress when the wall
+/// clock is set back, the wall clock when the machine was suspended.
+#[derive(Clone, Copy)]
+pub(super) struct Due {
+    pub(super) at: Instant,
+    pub(super) wall: SystemTime,
+}
+
+impl Entry {
+    pub(super) fn new(identity: Arc<WorkloadIdentity>, due: Due) -> Self {
+        Self {
+            identity,
+            svid: ArcSwapOption::empty(),
+            last_error: ArcSwapOption::empty(),
+            demanded: AtomicBool::new(false),
+            progress: Mutex::new(Progress {
+                in_flight: false,
+                failures: 0,
+                due,
+            }),
+            changed: watch::Sender::new(()),
+        }
+    }
+
+    /// The SVID, if it is valid at `now`. Takes no lock.
+    pub(super) fn current(&self, now: SystemTime) -> Result<Arc<Svid>, NoSvid> {
+        let refusal = match self.svid.load_full() {
+            Some(svid) if !svid.expired_at(now) => return Ok(svid),
+            Some(svid) => NoSvid::Expired {
+                not_after: svid.not_after(),
+            },
+            None => match self.last_error.load_full() {
+                Some(error) => NoSvid::FetchFailed(error),
+                None => NoSvid::Pending,
+            },
+        };
+        self.demand();
+        Err(refusal)
+    }
+
+    pub(super) fn demand(&self) {
+        self.demanded.store(true, Ordering::Relaxed);
+    }
+
+    /// Told of each success, failure and of the entry's end.
+    pub(super) fn subscribe(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    pub(super) fn announce(&self) {
+        self.changed.send_replace(());
+    }
+
+    /// When the next fetch is due; `None` while one is under way.
+    pub(super) fn due(&self) -> Option<Due> {
+        let progress = self.progress();
+        (!progress.in_flight).then_some(progress.due)
+    }
+
+    /// Smaller goes first: without a valid SVID before refreshes, demanded
+    /// before prefetched.
+    pub(super) fn urgency(&self, now: SystemTime) -> (bool, bool) {
+        let valid = self
+            .svid
+            .load()
+            .as_ref()
+            .is_some_and(|svid| !svid.expired_at(now));
+        (valid, !self.demanded.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn begin(&self) {
+        self.progress().in_flight = true;
+    }
+
+    pub(super) fn succeeded(&self, svid: Arc<Svid>, due: Due) {
+        self.svid.store(Some(svid));
+        self.last_error.store(None);
+        self.demanded.store(false, Ordering::Relaxed);
+        *self.progress() = Progress {
+            in_flight: false,
+            failures: 0,
+            due,
+        };
+        self.announce();
+    }
+
+    /// `due` is told how many failures in a row there are now.
+    pub(super) fn failed(&self, error: FetchError, due: impl FnOnce(u32) -> Due) -> u32 {
+        self.last_error.store(Some(Arc::new(error)));
+        let failures = {
+            let mut progress = self.progress();
+            progress.in_flight = false;
+            progress.failures = progress.failures.saturating_add(1);
+            progress.due = due(progress.failures);
+            progress.failures
+        };
+        self.announce();
+        failures
+    }
+
+    pub(super) fn status(&self, now: SystemTime, wanted: usize) -> SvidStatus {
+        let svid = self.svid.load_full();
+        let last_error = self.last_error.load_full();
+        let state = match &svid {
+            None if last_error.is_none() => SvidState::Pending,
+            None => SvidState::Failing,
+            Some(svid) if svid.expired_at(now) => SvidState::Expired,
+            Some(_) if last_error.is_none() => SvidState::Ready,
+            Some(_) => SvidState::RefreshFailing,
+        };
+        SvidStatus {
+            identity: WorkloadIdentity::clone(&self.identity),
+            wanted,
+            state,
+            serial: svid.as_ref().map(|svid| svid.serial().to_owned()),
+            issuer: svid.as_ref().map(|svid| svid.issuer().to_owned()),
+            not_before: svid.as_ref().map(|svid| svid.not_before()),
+            not_after: svid.as_ref().map(|svid| svid.not_after()),
+            last_error: last_error.map(|error| error.to_string()),
+            next_fetch: self.due().map(|due| due.wall),
+        }
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
