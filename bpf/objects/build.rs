@@ -26,8 +26,17 @@ fn build() -> Result<(), String> {
     let workspace = here.parent().ok_or("bpf/objects has no parent folder")?;
     let out = PathBuf::from(required("OUT_DIR")?);
 
-    for input in ["src", "common/src", "common/Cargo.toml", "Cargo.toml", "Cargo.lock"] {
-        println!("cargo::rerun-if-changed={}", workspace.join(input).display());
+    for input in [
+        "src",
+        "common/src",
+        "common/Cargo.toml",
+        "Cargo.toml",
+        "Cargo.lock",
+    ] {
+        println!(
+            "cargo::rerun-if-changed={}",
+            workspace.join(input).display()
+        );
     }
     for variable in ["RINGFENCE_BPF_LINKER", "XDG_CACHE_HOME"] {
         println!("cargo::rerun-if-env-changed={variable}");
@@ -38,9 +47,15 @@ fn build() -> Result<(), String> {
 
     let target_dir = out.join("bpf");
     let mut cargo = Command::new(required("CARGO")?);
-    cargo
-        .current_dir(workspace)
-        .args(["build", "--release", "--locked", "--target", TARGET, "-Z", "build-std=core"]);
+    cargo.current_dir(workspace).args([
+        "build",
+        "--release",
+        "--locked",
+        "--target",
+        TARGET,
+        "-Z",
+        "build-std=core",
+    ]);
     // The outer cargo's settings are for another target and another kind of check.
     for (name, _) in env::vars_os() {
         let text = name.to_string_lossy();
@@ -68,7 +83,9 @@ fn build() -> Result<(), String> {
         .env("CARGO_TARGET_DIR", &target_dir)
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
 
-    let status = cargo.status().map_err(|e| format!("cannot run {:?}: {e}", cargo.get_program()))?;
+    let status = cargo
+        .status()
+        .map_err(|e| format!("cannot run {:?}: {e}", cargo.get_program()))?;
     if !status.success() {
         return Err(format!(
             "the eBPF programs in {} did not compile ({status}); the compiler's messages are above. \
@@ -91,7 +108,10 @@ fn linker() -> Result<PathBuf, String> {
         if path.is_file() {
             return Ok(path);
         }
-        return Err(format!("RINGFENCE_BPF_LINKER names {}, which is no file", path.display()));
+        return Err(format!(
+            "RINGFENCE_BPF_LINKER names {}, which is no file",
+            path.display()
+        ));
     }
     let cache = env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
@@ -115,10 +135,15 @@ fn require_rust_src() -> Result<(), String> {
         .output()
         .map_err(|e| format!("cannot run {rustc}: {e}"))?;
     let sysroot = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    if Path::new(&sysroot).join("lib/rustlib/src/rust/library/core").is_dir() {
+    if Path::new(&sysroot)
+        .join("lib/rustlib/src/rust/library/core")
+        .is_dir()
+    {
         return Ok(());
     }
-    Err(format!("the toolchain in {sysroot} lacks the component rust-src: {SETUP}"))
+    Err(format!(
+        "the toolchain in {sysroot} lacks the component rust-src: {SETUP}"
+    ))
 }
 
 fn required(name: &str) -> Result<String, String> {

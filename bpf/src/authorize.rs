@@ -1,6 +1,6 @@
 //! The shared decision over the policy maps.
 
-use core::cell::UnsafeCell;
+use core::{cell::UnsafeCell, mem::MaybeUninit};
 
 use aya_ebpf::maps::lpm_trie::Key;
 use ringfence_bpf_common::{
@@ -14,7 +14,7 @@ use crate::maps::{POLICY_IDENTITIES, POLICY_PORTS, POLICY_SETS, POLICY_SOURCES};
 pub fn judge(query: &Query) -> Verdict {
     ringfence_bpf_common::authorize(
         &Tables {
-            source: UnsafeCell::new(Mask::NONE),
+            source: UnsafeCell::new(MaybeUninit::uninit()),
         },
         query,
     )
@@ -22,7 +22,7 @@ pub fn judge(query: &Query) -> Verdict {
 
 struct Tables {
     /// The aligned copy of what `POLICY_SOURCES` said.
-    source: UnsafeCell<Mask>,
+    source: UnsafeCell<MaybeUninit<Mask>>,
 }
 
 impl PolicyTables for Tables {
@@ -57,10 +57,7 @@ impl PolicyTables for Tables {
         }
         // SAFETY: `authorize` asks for the source once, so no reference to the copy
         // exists yet, and the program has one thread.
-        unsafe {
-            *self.source.get() = Mask(words);
-            Some(&*self.source.get())
-        }
+        unsafe { Some((*self.source.get()).write(Mask(words))) }
     }
 
     #[inline(always)]

@@ -10,14 +10,15 @@ use aya_ebpf::{
 };
 use ringfence_bpf_common::{
     AGENT_DIAL, AGENT_LAST_HOP, Addr, AgentSocket, AppSocket, Backend, BackendKey, Counter,
-    Endpoint, HOOK_CONNECT, IDENTITY_NONE, POD_READY, Pod, Query, Reason, Service, Verdict,
-    WORKLOAD_MESH, WORKLOAD_REFUSE,
+    Endpoint, HOOK_CONNECT, IDENTITY_NONE, POD_READY, Pod, Query, Reason, SOCKET_DIRECT,
+    SOCKET_LAST_HOP, SOCKET_REDIRECTED, Service, Verdict, WORKLOAD_MESH, WORKLOAD_REFUSE,
 };
 
 use crate::{
     authorize::judge,
     maps::PODS,
     node_maps::{AGENT_SOCKS, BACKENDS, SERVICES, WORKLOADS},
+    predicate::same,
     report::{Judged, count, event},
     socket::{self, Family},
 };
@@ -46,7 +47,16 @@ pub fn decide<F: Family>(ctx: &SockAddrContext) -> i32 {
     let cookie = socket::cookie(ctx);
     // SAFETY: as above.
     if let Some(agent) = unsafe { AGENT_SOCKS.get(cookie) } {
-        return agent_connect(netns, pod, agent, &asked);
+        return agent_connect(
+            ctx,
+            pod,
+            agent,
+            Call {
+                netns,
+                cookie,
+                asked,
+            },
+        );
     }
     app_connect::<F>(
         ctx,
@@ -60,12 +70,20 @@ pub fn decide<F: Family>(ctx: &SockAddrContext) -> i32 {
     )
 }
 
+/// Who connects to what.
+struct Call {
+    netns: u64,
+    cookie: u64,
+    asked: Endpoint,
+}
+
 /// A connect of the agent's own.
 #[inline(always)]
-fn agent_connect(netns: u64, pod: &Pod, agent: &AgentSocket, asked: &Endpoint) -> i32 {
+fn agent_connect(ctx: &SockAddrContext, pod: &Pod, agent: &AgentSocket, call: Call) -> i32 {
     if agent.role == AGENT_DIAL {
         return PASS;
     }
+    let asked = &call.asked;
     let verdict = if agent.role != AGENT_LAST_HOP || agent.identity == IDENTITY_NONE {
         Verdict {
             reason: Reason::UnknownIdentity,
@@ -91,20 +109,34 @@ fn agent_connect(netns: u64, pod: &Pod, agent: &AgentSocket, asked: &Endpoint) -
         })
     };
     event(&Judged {
-        netns,
+        netns: call.netns,
         hook: HOOK_CONNECT,
         source: &Endpoint::new(agent.source, 0),
         destination: asked,
         identity: agent.identity,
         verdict,
     });
-    if verdict.allows() {
-        count(Counter::LastHopAllowed);
-        PASS
-    } else {
+    if !verdict.allows() {
         count(Counter::LastHopDenied);
-        REFUSE
+        return REFUSE;
     }
+    // Without it the SYN would be judged as plaintext from the wire.
+    if !socket::remember(
+        ctx,
+        AppSocket {
+            asked: *asked,
+            backend: *asked,
+            netns: call.netns,
+            cookie: call.cookie,
+            kind: SOCKET_LAST_HOP,
+            pad: 0,
+        },
+    ) {
+        count(Counter::NoRoom);
+        return REFUSE;
+    }
+    count(Counter::LastHopAllowed);
+    PASS
 }
 
 /// A connect of an application.
@@ -178,7 +210,7 @@ fn route<F: Family>(
         backend: *target,
         netns: app.netns,
         cookie: app.cookie,
-        redirected: 0,
+        kind: SOCKET_DIRECT,
         pad: 0,
     };
     if flags & WORKLOAD_MESH == 0 || own {
@@ -200,7 +232,7 @@ fn route<F: Family>(
         count(Counter::Refused);
         return REFUSE;
     }
-    state.redirected = 1;
+    state.kind = SOCKET_REDIRECTED;
     if !socket::remember(ctx, state) {
         count(Counter::NoRoom);
         return REFUSE;
@@ -266,16 +298,3 @@ fn or_loopback(addr: Addr, loopback: Addr) -> Addr {
 }
 
 const LOOPBACK6: Addr = Addr([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
-
-/// Equality without a call to `memcmp`, whose early exit would cost the verifier a
-/// state per byte.
-#[inline(always)]
-fn same(a: &Addr, b: &Addr) -> bool {
-    let mut difference = 0;
-    let mut i = 0;
-    while i < 16 {
-        difference |= a.0[i] ^ b.0[i];
-        i += 1;
-    }
-    difference == 0
-}

@@ -70,7 +70,7 @@ macro_rules! store_u32 {
 /// Loads a field of four 32-bit words in network byte order.
 macro_rules! load_addr {
     ($ctx:expr, $offset:expr) => {
-        $crate::context::addr([
+        ringfence_bpf_common::Addr::from_words([
             $crate::context::load_u32!($ctx, $offset),
             $crate::context::load_u32!($ctx, $offset + 4),
             $crate::context::load_u32!($ctx, $offset + 8),
@@ -81,10 +81,3 @@ macro_rules! load_addr {
 
 pub(crate) use {load_addr, load_u16, load_u32};
 pub(crate) use {load_pointer, store_u32};
-
-/// The address in four words as the kernel keeps them.
-#[inline(always)]
-pub fn addr(words: [u32; 4]) -> ringfence_bpf_common::Addr {
-    // SAFETY: the same size, and any bytes are an address.
-    ringfence_bpf_common::Addr(unsafe { core::mem::transmute::<[u32; 4], [u8; 16]>(words) })
-}

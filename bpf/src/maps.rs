@@ -7,7 +7,8 @@ use aya_ebpf::{
     maps::{HashMap, LpmTrie, PerCpuArray, RingBuf},
 };
 use ringfence_bpf_common::{
-    COUNTERS as COUNTER_COUNT, IdentityKey, MASK_WORDS, Mask, Pod, PolicySet, PortKey, SourceKey,
+    COUNTERS as COUNTER_COUNT, Flow, IdentityKey, MASK_WORDS, Mask, Pod, PolicySet, PortKey,
+    SourceKey,
 };
 
 /// Network namespace cookie → the enrolled pod.
@@ -31,6 +32,11 @@ pub static POLICY_SOURCES: LpmTrie<SourceKey, SourceMask> =
 
 #[map]
 pub static POLICY_PORTS: HashMap<PortKey, Mask> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+
+/// Last hops that were admitted → cookie of the agent's socket. Written before the SYN
+/// leaves, removed when the connection ends.
+#[map]
+pub static LAST_HOPS: HashMap<Flow, u64> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
 
 /// Carries `ringfence_bpf_common::Event`.
 #[map]

@@ -15,6 +15,7 @@ mod getpeername4;
 mod getpeername6;
 mod maps;
 mod node_maps;
+mod predicate;
 mod report;
 mod runtime;
 mod sock_ops;

@@ -7,6 +7,7 @@
 mod authorize;
 mod context;
 mod maps;
+mod predicate;
 mod report;
 mod runtime;
 mod sk_lookup;

@@ -6,13 +6,15 @@ use core::mem::offset_of;
 
 use aya_ebpf::{Global, bindings::bpf_sk_lookup, macros::sk_lookup, programs::SkLookupContext};
 use ringfence_bpf_common::{
-    Addr, Counter, Endpoint, HOOK_SK_LOOKUP, IDENTITY_NONE, POD_READY, Query, Reason, Verdict,
+    Addr, Counter, Endpoint, Flow, HOOK_SK_LOOKUP, IDENTITY_NONE, POD_READY, Pod, Query, Reason,
+    Verdict,
 };
 
 use crate::{
     authorize::judge,
     context::{load_addr, load_u16, load_u32},
-    maps::PODS,
+    maps::{LAST_HOPS, PODS},
+    predicate::same,
     report::{Judged, count, event},
 };
 
@@ -43,7 +45,7 @@ pub fn ringfence_wire(ctx: SkLookupContext) -> u32 {
     if protocol != IPPROTO_TCP {
         return PASS;
     }
-    // The agent's last hop, a pod that talks to itself, a port-forward.
+    // A port-forward, a pod that talks to its loopback address.
     if ifindex == LOOPBACK_IFINDEX || ifindex == 0 {
         return PASS;
     }
@@ -51,6 +53,11 @@ pub fn ringfence_wire(ctx: SkLookupContext) -> u32 {
     let (source, destination) = ends(&ctx);
     // SAFETY: read-only, inside the RCU read section that the program runs in.
     let pod = unsafe { PODS.get(netns) };
+    if let Some(pod) = pod
+        && is_local(netns, pod, &source, &destination)
+    {
+        return PASS;
+    }
     let verdict = match pod {
         Some(pod) if destination.port == pod.inbound_port => return PASS,
         Some(pod) if destination.port == pod.outbound_port => {
@@ -84,6 +91,26 @@ pub fn ringfence_wire(ctx: SkLookupContext) -> u32 {
         count(Counter::PlaintextDenied);
         DROP
     }
+}
+
+/// Whether the connection comes from inside although it names another device than
+/// loopback: the kernel says "the device that has the address" of a packet to an own
+/// address.
+///
+/// From the wire, a segment with an own address as its source is dropped as a martian
+/// (IPv4), or its answer stays inside, so that no connection comes about (IPv6).
+#[inline(always)]
+fn is_local(netns: u64, pod: &Pod, source: &Endpoint, destination: &Endpoint) -> bool {
+    if source.addr.is_loopback() || same(&source.addr, &pod.addr4) || same(&source.addr, &pod.addr6)
+    {
+        return true;
+    }
+    let flow = Flow {
+        netns,
+        source: *source,
+        listener: *destination,
+    };
+    LAST_HOPS.get_ptr(flow).is_some()
 }
 
 /// The sender and the local end.

@@ -1,5 +1,6 @@
-//! The original destination of a redirected connection, recorded under the 4-tuple
-//! that the agent sees at `accept`, before the SYN leaves.
+//! Records under the 4-tuple, which is known here and the SYN has not left yet: the
+//! original destination of a redirected connection, which the agent looks up at
+//! `accept`, and the last hops that were admitted, which `sk_lookup` lets in.
 
 use core::{
     ffi::c_void,
@@ -17,10 +18,13 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use ringfence_bpf_common::{Addr, AppSocket, Counter, Endpoint, Flow, OriginalDst};
+use ringfence_bpf_common::{
+    Addr, AppSocket, Counter, Endpoint, Flow, OriginalDst, SOCKET_LAST_HOP, SOCKET_REDIRECTED,
+};
 
 use crate::{
     context::{load_addr, load_pointer, load_u32},
+    maps::LAST_HOPS,
     node_maps::{ORIGINAL_DST, SOCKS},
     report::count,
 };
@@ -41,10 +45,30 @@ pub fn ringfence_tcp(ctx: SockOpsContext) -> u32 {
 
 #[inline(always)]
 fn connecting(ctx: &SockOpsContext) {
-    let Some(app) = redirected(ctx) else {
+    let Some(state) = state(ctx) else {
         return;
     };
-    let flow = flow(ctx, app.netns);
+    let flow = flow(ctx, state.netns);
+    match state.kind {
+        SOCKET_REDIRECTED => record_original(flow, state),
+        SOCKET_LAST_HOP => {
+            if LAST_HOPS
+                .insert(flow, state.cookie, u64::from(BPF_ANY))
+                .is_err()
+            {
+                // It will be judged as plaintext.
+                count(Counter::NoRoom);
+            }
+        }
+        _ => return,
+    }
+    // Both go away again with the connection.
+    let flags = field(ctx, Field::CallbackFlags) | BPF_SOCK_OPS_STATE_CB_FLAG;
+    let _ = ctx.set_cb_flags(flags as i32);
+}
+
+#[inline(always)]
+fn record_original(flow: Flow, app: &AppSocket) {
     let record = OriginalDst {
         asked: app.asked,
         backend: app.backend,
@@ -65,28 +89,33 @@ fn connecting(ctx: &SockOpsContext) {
         // Without a record the agent resets the connection.
         Err(_) => count(Counter::NoRoom),
     }
-    let _ =
-        ctx.set_cb_flags((field(ctx, Field::CallbackFlags) | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
 }
 
-/// Removes the record of a connection that failed before the agent accepted it. An
-/// orderly close keeps it: what was sent still waits to be accepted.
+/// Removes the record of a connection that failed before the agent accepted it (an
+/// orderly close keeps it: what was sent still waits to be accepted), and the entry of a
+/// last hop that ended.
 #[inline(always)]
 fn closing(ctx: &SockOpsContext) {
-    let (from, to) = (field(ctx, Field::From), field(ctx, Field::To));
-    let aborted =
-        from == BPF_TCP_SYN_SENT || from == BPF_TCP_ESTABLISHED || from == BPF_TCP_FIN_WAIT1;
-    if to != BPF_TCP_CLOSE || !aborted {
+    if field(ctx, Field::To) != BPF_TCP_CLOSE {
         return;
     }
-    if let Some(app) = redirected(ctx) {
-        let _ = ORIGINAL_DST.remove(flow(ctx, app.netns));
+    let Some(state) = state(ctx) else {
+        return;
+    };
+    let from = field(ctx, Field::From);
+    let aborted =
+        from == BPF_TCP_SYN_SENT || from == BPF_TCP_ESTABLISHED || from == BPF_TCP_FIN_WAIT1;
+    let flow = flow(ctx, state.netns);
+    if state.kind == SOCKET_LAST_HOP {
+        let _ = LAST_HOPS.remove(flow);
+    } else if state.kind == SOCKET_REDIRECTED && aborted {
+        let _ = ORIGINAL_DST.remove(flow);
     }
 }
 
-/// The state of the socket, if its connection was redirected.
+/// What `connect` remembered of the socket.
 #[inline(always)]
-fn redirected(ctx: &SockOpsContext) -> Option<&AppSocket> {
+fn state(ctx: &SockOpsContext) -> Option<&AppSocket> {
     // SAFETY: a readable field of the context.
     let sk: *mut c_void =
         unsafe { load_pointer!(ctx.ops, offset_of!(bpf_sock_ops, __bindgen_anon_2)) };
@@ -97,8 +126,7 @@ fn redirected(ctx: &SockOpsContext) -> Option<&AppSocket> {
     let state = unsafe { bpf_sk_storage_get(addr_of!(SOCKS).cast_mut().cast(), sk, null_mut(), 0) }
         .cast::<AppSocket>();
     // SAFETY: null or storage that lives as long as the socket of this call.
-    let state = unsafe { state.as_ref() }?;
-    (state.redirected == 1).then_some(state)
+    unsafe { state.as_ref() }
 }
 
 /// The connection as the agent's end of it sees it. An `AF_INET6` socket with an

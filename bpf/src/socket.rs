@@ -42,7 +42,7 @@ impl Family for Inet {
         if !endpoint.addr.is_v4() {
             return false;
         }
-        let [_, _, _, ip] = words(&endpoint.addr);
+        let [_, _, _, ip] = endpoint.addr.words();
         // SAFETY: these hooks may write the field.
         unsafe { store_u32!(ctx.sock_addr, offset_of!(bpf_sock_addr, user_ip4), ip) };
         set_port(ctx, endpoint.port);
@@ -60,7 +60,7 @@ impl Family for Inet6 {
 
     #[inline(always)]
     fn write(ctx: &SockAddrContext, endpoint: &Endpoint) -> bool {
-        let [a, b, c, d] = words(&endpoint.addr);
+        let [a, b, c, d] = endpoint.addr.words();
         // SAFETY: these hooks may write the field.
         unsafe {
             store_u32!(ctx.sock_addr, offset_of!(bpf_sock_addr, user_ip6), a);
@@ -129,8 +129,9 @@ pub fn remember(ctx: &SockAddrContext, mut state: AppSocket) -> bool {
         return false;
     }
     // Storage that existed already keeps its old value.
-    // SAFETY: just checked; `connect` holds the socket's lock.
-    unsafe { *slot = state };
+    // SAFETY: just checked; the storage is not the stack, and `connect` holds the
+    // socket's lock. An assignment would call `memmove`.
+    unsafe { core::ptr::copy_nonoverlapping(&raw const state, slot, 1) };
     true
 }
 
@@ -165,11 +166,4 @@ fn set_port(ctx: &SockAddrContext, port: u16) {
             port.to_be()
         )
     };
-}
-
-/// The address as the four words that the context has.
-#[inline(always)]
-fn words(addr: &Addr) -> [u32; 4] {
-    // SAFETY: the same size, and any bytes are words.
-    unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(addr.0) }
 }

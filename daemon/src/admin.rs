@@ -25,7 +25,12 @@ pub async fn bind(path: &Path) -> io::Result<UnixListener> {
         std::fs::create_dir_all(folder)?;
     }
     if let Ok(metadata) = std::fs::symlink_metadata(path) {
-        let named = |what: &str| io::Error::new(io::ErrorKind::AlreadyExists, format!("{}: {what}", path.display()));
+        let named = |what: &str| {
+            io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                format!("{}: {what}", path.display()),
+            )
+        };
         if !metadata.file_type().is_socket() {
             return Err(named("exists and is not a socket"));
         }
@@ -63,21 +68,35 @@ pub async fn serve(listener: UnixListener, agent: Arc<Agent>) {
     }
 }
 
-async fn answer(request: Request<Incoming>, agent: &Agent) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(
+    request: Request<Incoming>,
+    agent: &Agent,
+) -> Result<Response<Full<Bytes>>, Infallible> {
     let (status, kind, body) = match (request.method(), request.uri().path()) {
         (&Method::GET, "/status") => match serde_json::to_vec(&agent.status()) {
             Ok(json) => (StatusCode::OK, "application/json", json),
-            Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, "text/plain", e.to_string().into()),
+            Err(e) => (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "text/plain",
+                e.to_string().into(),
+            ),
         },
         (&Method::GET, "/metrics") => {
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             (StatusCode::OK, kind, agent.metrics().encode().into())
         }
-        _ => (StatusCode::NOT_FOUND, "text/plain", b"try /status or /metrics\n".to_vec()),
+        _ => (
+            StatusCode::NOT_FOUND,
+            "text/plain",
+            b"try /status or /metrics\n".to_vec(),
+        ),
     };
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static(kind));
+    response.headers_mut().insert(
+        http::header::CONTENT_TYPE,
+        http::HeaderValue::from_static(kind),
+    );
     Ok(response)
 }
 
@@ -90,13 +109,24 @@ pub async fn fetch_status(path: &Path) -> anyhow::Result<Status> {
 pub async fn get(path: &Path, page: &'static str) -> anyhow::Result<Bytes> {
     use anyhow::Context;
     let stream = UnixStream::connect(path).await.with_context(|| {
-        format!("no agent answers on {} (is it running? `--socket` names another)", path.display())
+        format!(
+            "no agent answers on {} (is it running? `--socket` names another)",
+            path.display()
+        )
     })?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let driver = tokio::spawn(connection);
-    let request = Request::builder().uri(page).header("host", "ringfence").body(Empty::<Bytes>::new())?;
+    let request = Request::builder()
+        .uri(page)
+        .header("host", "ringfence")
+        .body(Empty::<Bytes>::new())?;
     let response = sender.send_request(request).await?;
-    anyhow::ensure!(response.status().is_success(), "the agent answered {}", response.status());
+    anyhow::ensure!(
+        response.status().is_success(),
+        "the agent answered {}",
+        response.status()
+    );
     let body = response.into_body().collect().await?.to_bytes();
     driver.abort();
     Ok(body)

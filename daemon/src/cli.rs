@@ -91,8 +91,14 @@ pub fn run() -> ExitCode {
 fn start_log(cli: &Cli) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&cli.log)
         .with_context(|| format!("--log {}: expected a level (info) or target=level", cli.log))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if cli.log_json { log.json().init() } else { log.init() }
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if cli.log_json {
+        log.json().init()
+    } else {
+        log.init()
+    }
     Ok(())
 }
 
@@ -107,12 +113,20 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
             agent::run(loaded, &config, shutdown_signal()?).await
         }
         Command::ControlPlane { config, check } => control_plane(&config, check).await,
-        Command::Status { socket, json, metrics } => {
+        Command::Status {
+            socket,
+            json,
+            metrics,
+        } => {
             let text = if metrics {
                 String::from_utf8_lossy(&admin::get(&socket, "/metrics").await?).into_owned()
             } else {
                 let status = admin::fetch_status(&socket).await?;
-                if json { serde_json::to_string_pretty(&status)? } else { status.page() }
+                if json {
+                    serde_json::to_string_pretty(&status)?
+                } else {
+                    status.page()
+                }
             };
             print(&text)
         }
@@ -132,7 +146,11 @@ async fn control_plane(config: &Path, check: bool) -> anyhow::Result<()> {
         }
         println!(
             "{}: good ({} nodes, {} workloads, {} services, {} policies)",
-            config.display(), checked.nodes, checked.workloads, checked.services, checked.policies
+            config.display(),
+            checked.nodes,
+            checked.workloads,
+            checked.services,
+            checked.policies
         );
         return Ok(());
     }

@@ -164,12 +164,26 @@ pub enum ConfigError {
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Read { file, source } => write!(f, "{}: cannot be read: {source}", file.display()),
-            Self::Parse { file, line: Some(line), message } => {
+            Self::Read { file, source } => {
+                write!(f, "{}: cannot be read: {source}", file.display())
+            }
+            Self::Parse {
+                file,
+                line: Some(line),
+                message,
+            } => {
                 write!(f, "{}:{line}: {message}", file.display())
             }
-            Self::Parse { file, line: None, message } => write!(f, "{}: {message}", file.display()),
-            Self::Value { file, field, expected } => {
+            Self::Parse {
+                file,
+                line: None,
+                message,
+            } => write!(f, "{}: {message}", file.display()),
+            Self::Value {
+                file,
+                field,
+                expected,
+            } => {
                 write!(f, "{}: {field}: {expected}", file.display())
             }
         }
@@ -181,8 +195,10 @@ impl std::error::Error for ConfigError {}
 impl AgentConfig {
     /// Reads and checks a file; nothing of a bad file is used.
     pub fn load(file: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(file)
-            .map_err(|source| ConfigError::Read { file: file.into(), source })?;
+        let text = std::fs::read_to_string(file).map_err(|source| ConfigError::Read {
+            file: file.into(),
+            source,
+        })?;
         Self::parse(file, &text)
     }
 
@@ -198,16 +214,26 @@ impl AgentConfig {
 
     fn check(&self, file: &Path) -> Result<(), ConfigError> {
         let bad = |field: String, expected: String| {
-            Err(ConfigError::Value { file: file.into(), field, expected })
+            Err(ConfigError::Value {
+                file: file.into(),
+                field,
+                expected,
+            })
         };
         for (field, address) in [
             ("control_plane.address", Some(&self.control_plane.address)),
-            ("control_plane.ca_address", self.control_plane.ca_address.as_ref()),
+            (
+                "control_plane.ca_address",
+                self.control_plane.ca_address.as_ref(),
+            ),
         ] {
             let Some(address) = address else { continue };
             let uri = address.parse::<http::Uri>();
             if !uri.is_ok_and(|u| u.scheme_str() == Some("https") && u.port().is_some()) {
-                return bad(field.into(), format!("`{address}` is not https://host:port"));
+                return bad(
+                    field.into(),
+                    format!("`{address}` is not https://host:port"),
+                );
             }
         }
         if self.node.name.is_empty() {
@@ -219,7 +245,12 @@ impl AgentConfig {
                     return bad(format!("pods[{i}].{name}"), "must not be empty".into());
                 }
             }
-            if self.pods.iter().take(i).any(|other| other.netns == pod.netns) {
+            if self
+                .pods
+                .iter()
+                .take(i)
+                .any(|other| other.netns == pod.netns)
+            {
                 let expected = format!("{} is listed twice", pod.netns.display());
                 return bad(format!("pods[{i}].netns"), expected);
             }
@@ -271,7 +302,9 @@ pods:
 
     #[test]
     fn plaintext_control_plane_is_refused() {
-        let error = parse(&GOOD.replace("https://", "http://")).unwrap_err().to_string();
+        let error = parse(&GOOD.replace("https://", "http://"))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("control_plane.address"), "{error}");
     }
 

@@ -127,19 +127,34 @@ impl Status {
     }
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
-        writeln!(out, "ringfence {} on {} (map layout {})", self.version, self.node, self.map_layout)?;
-        writeln!(out, "  ready          {}", if self.ready { "yes" } else { "NO" })?;
+        writeln!(
+            out,
+            "ringfence {} on {} (map layout {})",
+            self.version, self.node, self.map_layout
+        )?;
+        writeln!(
+            out,
+            "  ready          {}",
+            if self.ready { "yes" } else { "NO" }
+        )?;
         let cp = &self.control_plane;
         writeln!(
             out,
             "  control plane  {} {}{}, {} workloads, {} services",
             cp.address,
             cp.state,
-            cp.error.as_deref().map(|e| format!(" ({e})")).unwrap_or_default(),
+            cp.error
+                .as_deref()
+                .map(|e| format!(" ({e})"))
+                .unwrap_or_default(),
             cp.workloads,
             cp.services
         )?;
-        writeln!(out, "  record layer   {} ({})", self.record_layer.mode, self.record_layer.reason)?;
+        writeln!(
+            out,
+            "  record layer   {} ({})",
+            self.record_layer.mode, self.record_layer.reason
+        )?;
 
         let rows = |p: &Pod| {
             let addresses: Vec<_> = p.addresses.iter().map(ToString::to_string).collect();
@@ -147,11 +162,20 @@ impl Status {
                 format!("{}/{}", p.namespace, p.name),
                 addresses.join(","),
                 p.identity.clone(),
-                if p.ready { "ready".into() } else { "NOT READY".into() },
+                if p.ready {
+                    "ready".into()
+                } else {
+                    "NOT READY".into()
+                },
                 p.reason.clone().unwrap_or_default(),
             ]
         };
-        table(out, "pods", &["pod", "addresses", "identity", "state", "reason"], self.pods.iter().map(rows))?;
+        table(
+            out,
+            "pods",
+            &["pod", "addresses", "identity", "state", "reason"],
+            self.pods.iter().map(rows),
+        )?;
         let now = now().cast_signed();
         table(
             out,
@@ -160,7 +184,9 @@ impl Status {
             self.svids.iter().map(|s| {
                 vec![
                     s.id.clone(),
-                    s.error.clone().map_or(s.state.clone(), |e| format!("{}: {e}", s.state)),
+                    s.error
+                        .clone()
+                        .map_or(s.state.clone(), |e| format!("{}: {e}", s.state)),
                     format!("{} s", s.not_after.saturating_sub(now).max(0)),
                     s.serial.clone(),
                     s.issuer.clone(),
@@ -170,7 +196,15 @@ impl Status {
         table(
             out,
             "streams",
-            &["direction", "source", "destination", "peer", "sent", "received", "age"],
+            &[
+                "direction",
+                "source",
+                "destination",
+                "peer",
+                "sent",
+                "received",
+                "age",
+            ],
             self.streams.iter().map(|s| {
                 vec![
                     s.direction.clone(),
@@ -186,7 +220,14 @@ impl Status {
         table(
             out,
             "last handshakes",
-            &["direction", "peer", "key exchange", "cipher", "records", "serial"],
+            &[
+                "direction",
+                "peer",
+                "key exchange",
+                "cipher",
+                "records",
+                "serial",
+            ],
             self.handshakes.iter().take(10).map(|h| {
                 vec![
                     h.direction.clone(),
@@ -202,13 +243,18 @@ impl Status {
             out,
             "policies",
             &["policy", "what"],
-            self.policies.iter().map(|p| vec![p.name.clone(), p.summary.clone()]),
+            self.policies
+                .iter()
+                .map(|p| vec![p.name.clone(), p.summary.clone()]),
         )?;
         table(
             out,
             "counters",
             &["counter", "value"],
-            self.counters.iter().filter(|(_, v)| **v > 0).map(|(k, v)| vec![k.clone(), v.to_string()]),
+            self.counters
+                .iter()
+                .filter(|(_, v)| **v > 0)
+                .map(|(k, v)| vec![k.clone(), v.to_string()]),
         )
     }
 }
@@ -225,12 +271,21 @@ fn table(
     }
     writeln!(out, "\n{title}")?;
     let width = |column: usize| {
-        let cells = rows.iter().filter_map(|r| r.get(column)).map(|c| c.chars().count());
-        cells.chain(head.get(column).map(|h| h.len())).max().unwrap_or(0)
+        let cells = rows
+            .iter()
+            .filter_map(|r| r.get(column))
+            .map(|c| c.chars().count());
+        cells
+            .chain(head.get(column).map(|h| h.len()))
+            .max()
+            .unwrap_or(0)
     };
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     let mut line = |cells: &mut dyn Iterator<Item = &str>| {
-        let text: Vec<String> = cells.zip(&widths).map(|(c, w)| format!("{c:<w$}")).collect();
+        let text: Vec<String> = cells
+            .zip(&widths)
+            .map(|(c, w)| format!("{c:<w$}"))
+            .collect();
         writeln!(out, "  {}", text.join("  ").trim_end())
     };
     line(&mut head.iter().copied())?;

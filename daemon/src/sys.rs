@@ -16,7 +16,12 @@ pub fn set_bind_address_no_port(socket: impl AsFd) -> io::Result<()> {
     set_int(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
 }
 
-fn set_int(socket: impl AsFd, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+fn set_int(
+    socket: impl AsFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
     // SAFETY: the descriptor is open for the duration of the borrow, and the kernel reads
     // exactly `size_of::<c_int>()` bytes from a live `c_int`.
     let rc = unsafe {
@@ -28,5 +33,9 @@ fn set_int(socket: impl AsFd, level: libc::c_int, name: libc::c_int, value: libc
             size_of::<libc::c_int>() as libc::socklen_t,
         )
     };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }

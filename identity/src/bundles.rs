@@ -141,7 +141,11 @@ impl Bundle {
     fn from_roots(roots: Vec<Root>) -> Self {
         Self {
             anchors: roots.iter().map(|root| root.anchor.clone()).collect(),
-            first_expiry: roots.iter().map(|root| root.not_after).min().unwrap_or(i64::MIN),
+            first_expiry: roots
+                .iter()
+                .map(|root| root.not_after)
+                .min()
+                .unwrap_or(i64::MIN),
             roots,
         }
     }
@@ -255,3 +259,101 @@ fn read_root(der: &CertificateDer<'_>) -> Result<Root, &'static str> {
 }
 
 const MAX_ROOTS: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use crate::testing::{CaParams, TestCa, workload};
+
+    fn td() -> TrustDomain {
+        TrustDomain::parse("td").unwrap()
+    }
+
+    fn root() -> CertificateDer<'static> {
+        TestCa::new("td").root().clone()
+    }
+
+    #[test]
+    fn sources_add_up_and_each_replaces_only_its_own() {
+        let (a, b, c) = (root(), root(), root());
+        let bundles = TrustBundles::new();
+        assert!(
+            bundles
+                .replace("ca", &td(), std::slice::from_ref(&a))
+                .unwrap()
+        );
+        assert!(
+            bundles
+                .replace("file", &td(), std::slice::from_ref(&b))
+                .unwrap()
+        );
+        assert_eq!(bundles.roots(&td()), [a, b.clone()]);
+        assert!(
+            bundles
+                .replace("ca", &td(), &[c.clone(), c.clone()])
+                .unwrap()
+        );
+        assert_eq!(bundles.roots(&td()), [c.clone(), b.clone()]);
+        assert!(
+            !bundles.replace("ca", &td(), &[c]).unwrap(),
+            "nothing changed"
+        );
+        assert!(bundles.remove("ca", &td()));
+        assert_eq!(bundles.roots(&td()), [b]);
+        assert!(!bundles.remove("ca", &td()));
+    }
+
+    #[test]
+    fn a_refused_bundle_leaves_the_one_in_use() {
+        let good = root();
+        let bundles = TrustBundles::new();
+        bundles
+            .replace("ca", &td(), std::slice::from_ref(&good))
+            .unwrap();
+
+        let empty = bundles.replace("ca", &td(), &[]).unwrap_err();
+        assert_eq!(empty, BundleError::Empty(td()));
+        let leaf = TestCa::shared().svid(&workload("td", "a", "b")).chain()[0].clone();
+        let mut trailing = good.to_vec();
+        trailing.push(0);
+        for bad in [
+            leaf,
+            CertificateDer::from(vec![0x30, 0x03, 1, 2, 3]),
+            CertificateDer::from(trailing),
+            CertificateDer::from(vec![0x30; MAX_CERTIFICATE_BYTES + 1]),
+        ] {
+            let error = bundles
+                .replace("ca", &td(), &[good.clone(), bad])
+                .unwrap_err();
+            assert!(
+                matches!(error, BundleError::BadRoot { position: 2, .. }),
+                "{error}"
+            );
+        }
+        let many = vec![good.clone(); MAX_ROOTS + 1];
+        let error = bundles.replace("ca", &td(), &many).unwrap_err();
+        assert!(matches!(error, BundleError::TooMany { .. }), "{error}");
+
+        assert_eq!(bundles.roots(&td()), [good]);
+    }
+
+    #[test]
+    fn expired_roots_drop_out_and_the_others_stay() {
+        let old = TestCa::with_root(
+            "td",
+            &CaParams {
+                not_after: std::time::SystemTime::now() - std::time::Duration::from_secs(5),
+                ..CaParams::default()
+            },
+        );
+        let bundle = Bundle::of(&td(), &[old.root().clone(), root()]).unwrap();
+        assert_eq!(bundle.anchors_at(UnixTime::now()).len(), 1);
+        assert_eq!(
+            bundle
+                .anchors_at(UnixTime::since_unix_epoch(std::time::Duration::ZERO))
+                .len(),
+            2
+        );
+    }
+}

@@ -1,14 +1,15 @@
 //! Building a path from a leaf to one of a bundle's roots, with webpki.
 
-use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::SignatureScheme;
+use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls_pki_types::{CertificateDer, SignatureVerificationAlgorithm, UnixTime};
 use webpki::aws_lc_rs as alg;
-use webpki::{EndEntityCert, KeyUsage};
+use webpki::{EndEntityCert, KeyUsage, VerifiedPath};
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::bundles::Bundle;
 use crate::leaf::MAX_CERTIFICATE_BYTES;
-use crate::verifier::{PeerRefusal, CLOCK_SKEW, MAX_CHAIN_LENGTH};
+use crate::verifier::{CLOCK_SKEW, MAX_CHAIN_LENGTH, PeerRefusal};
 
 /// The role the leaf's holder plays in the handshake: which EKU it needs.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +32,9 @@ pub(crate) fn verify(
     now: UnixTime,
 ) -> Result<(), PeerRefusal> {
     if intermediates.len() >= MAX_CHAIN_LENGTH
-        || intermediates.iter().any(|der| der.len() > MAX_CERTIFICATE_BYTES)
+        || intermediates
+            .iter()
+            .any(|der| der.len() > MAX_CERTIFICATE_BYTES)
     {
         return Err(PeerRefusal::TooLarge);
     }
@@ -53,7 +56,7 @@ pub(crate) fn verify(
             at,
             usage,
             None,
-            None,
+            Some(&issuers_may_sign),
         );
         match path {
             Ok(_) => return Ok(()),
@@ -66,6 +69,22 @@ pub(crate) fn verify(
         }
     }
     Err(PeerRefusal::NotYetValid)
+}
+
+/// RFC 5280 section 4.2.1.3: a key usage without `keyCertSign` forbids signing
+/// certificates, whatever the basic constraints say. webpki looks at the latter
+/// only. An error makes webpki try the next path.
+fn issuers_may_sign(path: &VerifiedPath<'_>) -> Result<(), webpki::Error> {
+    for issuer in path.intermediate_certificates() {
+        let der = issuer.der();
+        let (_, certificate) =
+            X509Certificate::from_der(&der).map_err(|_| webpki::Error::BadDer)?;
+        let usage = certificate.key_usage().map_err(|_| webpki::Error::BadDer)?;
+        if usage.is_some_and(|usage| !usage.value.key_cert_sign()) {
+            return Err(webpki::Error::UnknownIssuer);
+        }
+    }
+    Ok(())
 }
 
 fn refusal(error: webpki::Error) -> PeerRefusal {
@@ -104,14 +123,26 @@ static CERTIFICATE_SIGNATURES: &[&dyn SignatureVerificationAlgorithm] = &[
     alg::RSA_PKCS1_2048_8192_SHA512,
 ];
 
-static HANDSHAKE_SIGNATURES: &[(
-    SignatureScheme,
-    &[&dyn SignatureVerificationAlgorithm],
-)] = &[
-    (SignatureScheme::ECDSA_NISTP256_SHA256, &[alg::ECDSA_P256_SHA256]),
-    (SignatureScheme::ECDSA_NISTP384_SHA384, &[alg::ECDSA_P384_SHA384]),
+static HANDSHAKE_SIGNATURES: &[(SignatureScheme, &[&dyn SignatureVerificationAlgorithm])] = &[
+    (
+        SignatureScheme::ECDSA_NISTP256_SHA256,
+        &[alg::ECDSA_P256_SHA256],
+    ),
+    (
+        SignatureScheme::ECDSA_NISTP384_SHA384,
+        &[alg::ECDSA_P384_SHA384],
+    ),
     (SignatureScheme::ED25519, &[alg::ED25519]),
-    (SignatureScheme::RSA_PSS_SHA256, &[alg::RSA_PSS_2048_8192_SHA256_LEGACY_KEY]),
-    (SignatureScheme::RSA_PSS_SHA384, &[alg::RSA_PSS_2048_8192_SHA384_LEGACY_KEY]),
-    (SignatureScheme::RSA_PSS_SHA512, &[alg::RSA_PSS_2048_8192_SHA512_LEGACY_KEY]),
+    (
+        SignatureScheme::RSA_PSS_SHA256,
+        &[alg::RSA_PSS_2048_8192_SHA256_LEGACY_KEY],
+    ),
+    (
+        SignatureScheme::RSA_PSS_SHA384,
+        &[alg::RSA_PSS_2048_8192_SHA384_LEGACY_KEY],
+    ),
+    (
+        SignatureScheme::RSA_PSS_SHA512,
+        &[alg::RSA_PSS_2048_8192_SHA512_LEGACY_KEY],
+    ),
 ];

@@ -30,13 +30,13 @@ pub use bundles::{BundleError, TrustBundles};
 pub use ca::{CaClient, CaClientConfig, CaConfigError};
 pub use leaf::MAX_CERTIFICATE_BYTES;
 pub use manager::{
-    Clock, ManagerConfig, NoSvid, SvidManager, SvidState, SvidStatus, MAX_CONCURRENT_FETCHES,
+    Clock, MAX_CONCURRENT_FETCHES, ManagerConfig, NoSvid, SvidManager, SvidState, SvidStatus,
 };
-pub use source::{FetchError, FetchProblem, FetchFuture, Issued, SvidSource};
+pub use source::{FetchError, FetchFuture, FetchProblem, Issued, SvidSource};
 pub use spiffe_id::{InvalidSpiffeId, SpiffeId, TrustDomain, WorkloadIdentity};
 pub use svid::{Svid, SvidError};
 pub use verifier::{
-    ExpectedPeer, PeerRefusal, PeerVerifier, VerifiedPeer, CLOCK_SKEW, MAX_CHAIN_LENGTH,
+    CLOCK_SKEW, ExpectedPeer, MAX_CHAIN_LENGTH, PeerRefusal, PeerVerifier, VerifiedPeer,
 };
 
 /// Generated client and server of Istio's certificate service.

@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// A valid SPIFFE ID in canonical form, with a path: `spiffe://td/segment…`.
 ///
@@ -108,9 +109,12 @@ impl FromStr for TrustDomain {
 }
 
 /// The identity of a Kubernetes service account:
-/// `spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/SERVICE-ACCOUNT`.
+/// `spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/SERVICE-ACCOUNT`. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct WorkloadIdentity {
+pub struct WorkloadIdentity(Arc<Parts>);
+
+#[derive(PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct Parts {
     id: SpiffeId,
     trust_domain: TrustDomain,
     namespace: String,
@@ -129,7 +133,7 @@ impl WorkloadIdentity {
             "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}"
         ))?;
         // A part with a slash in it must not come back as other parts.
-        if identity.namespace == namespace && identity.service_account == service_account {
+        if identity.namespace() == namespace && identity.service_account() == service_account {
             Ok(identity)
         } else {
             Err(InvalidSpiffeId::NotAWorkload)
@@ -143,22 +147,22 @@ impl WorkloadIdentity {
 
     /// The trust domain.
     pub fn trust_domain(&self) -> &TrustDomain {
-        &self.trust_domain
+        &self.0.trust_domain
     }
 
     /// The Kubernetes namespace.
     pub fn namespace(&self) -> &str {
-        &self.namespace
+        &self.0.namespace
     }
 
     /// The service account's name.
     pub fn service_account(&self) -> &str {
-        &self.service_account
+        &self.0.service_account
     }
 
     /// The SPIFFE ID of this identity.
     pub fn spiffe_id(&self) -> &SpiffeId {
-        &self.id
+        &self.0.id
     }
 }
 
@@ -175,29 +179,30 @@ impl TryFrom<SpiffeId> for WorkloadIdentity {
             segments.next(),
             segments.next(),
         );
-        let (Some(""), Some("ns"), Some(namespace), Some("sa"), Some(service_account), None) = parts
+        let (Some(""), Some("ns"), Some(namespace), Some("sa"), Some(service_account), None) =
+            parts
         else {
             return Err(InvalidSpiffeId::NotAWorkload);
         };
         let (namespace, service_account) = (namespace.to_owned(), service_account.to_owned());
-        Ok(Self {
+        Ok(Self(Arc::new(Parts {
             trust_domain: id.trust_domain(),
             namespace,
             service_account,
             id,
-        })
+        })))
     }
 }
 
 impl fmt::Display for WorkloadIdentity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.id, f)
+        fmt::Display::fmt(&self.0.id, f)
     }
 }
 
 impl fmt::Debug for WorkloadIdentity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.id, f)
+        fmt::Display::fmt(&self.0.id, f)
     }
 }
 
@@ -220,7 +225,9 @@ pub enum InvalidSpiffeId {
     #[error("a SPIFFE ID has at most {MAX_SPIFFE_ID_BYTES} bytes, not {0}")]
     TooLong(usize),
     /// Upper case in the scheme or the trust domain, or a URI where a name belongs.
-    #[error("not in canonical form (scheme and trust domain are lower case, a trust domain is a bare name)")]
+    #[error(
+        "not in canonical form (scheme and trust domain are lower case, a trust domain is a bare name)"
+    )]
     NotCanonical,
     /// Names a trust domain only.
     #[error("the ID names a trust domain, not a workload: it has no path")]
@@ -302,8 +309,18 @@ mod tests {
 
     #[test]
     fn trust_domains_are_bare_lower_case_names() {
-        assert_eq!(TrustDomain::parse("cluster.local").unwrap().as_str(), "cluster.local");
-        for text in ["", "Cluster.local", "spiffe://cluster.local", "a/b", "a:b", "a b"] {
+        assert_eq!(
+            TrustDomain::parse("cluster.local").unwrap().as_str(),
+            "cluster.local"
+        );
+        for text in [
+            "",
+            "Cluster.local",
+            "spiffe://cluster.local",
+            "a/b",
+            "a:b",
+            "a b",
+        ] {
             assert!(TrustDomain::parse(text).is_err(), "{text:?} was accepted");
         }
     }
@@ -322,7 +339,10 @@ mod tests {
             "spiffe://td/NS/shop/SA/cart",
             "spiffe://td/workload/db",
         ] {
-            assert_eq!(WorkloadIdentity::parse(text), Err(InvalidSpiffeId::NotAWorkload));
+            assert_eq!(
+                WorkloadIdentity::parse(text),
+                Err(InvalidSpiffeId::NotAWorkload)
+            );
         }
     }
 

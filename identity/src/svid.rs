@@ -8,7 +8,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::leaf::Leaf;
 use crate::spiffe_id::SpiffeId;
-use crate::verifier::{PeerRefusal, CLOCK_SKEW, MAX_CHAIN_LENGTH};
+use crate::verifier::{CLOCK_SKEW, MAX_CHAIN_LENGTH, PeerRefusal};
 
 /// An X.509-SVID of ours with its private key.
 ///
@@ -167,7 +167,9 @@ pub enum SvidError {
         now: i64,
     },
     /// Too early.
-    #[error("the certificate is valid from {not_before} and it is {now} (Unix seconds): is a clock wrong?")]
+    #[error(
+        "the certificate is valid from {not_before} and it is {now} (Unix seconds): is a clock wrong?"
+    )]
     NotYetValid {
         /// Unix seconds.
         not_before: i64,
@@ -197,5 +199,113 @@ fn check_validity(facts: &Leaf, now: SystemTime) -> Result<(), SvidError> {
 /// Whole seconds since the epoch; a clock before 1970 reads as 0.
 pub(crate) fn unix_seconds(time: SystemTime) -> i64 {
     time.duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+        .map_or(0, |since| {
+            i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use crate::testing::{LeafParams, TestCa, workload};
+    use std::time::Duration;
+
+    fn id() -> SpiffeId {
+        workload("td", "a", "b").spiffe_id().clone()
+    }
+
+    fn good() -> Svid {
+        TestCa::shared().svid(&workload("td", "a", "b"))
+    }
+
+    fn at(unix: i64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(unix.try_into().unwrap())
+    }
+
+    /// Puts the good SVID's parts together again, some of them changed.
+    fn remake(
+        chain: &[CertificateDer<'static>],
+        key: &Svid,
+        now: SystemTime,
+    ) -> Result<Svid, SvidError> {
+        let key = Arc::clone(&key.certified_key().key);
+        Svid::new(&id(), chain.to_vec(), key, now)
+    }
+
+    #[test]
+    fn a_matching_chain_and_key_are_accepted() {
+        let svid = good();
+        let again = remake(svid.chain(), &svid, SystemTime::now()).unwrap();
+        assert_eq!(again.id(), &id());
+        assert_eq!(again.serial(), svid.serial());
+        assert!(!again.expired_at(SystemTime::now()));
+    }
+
+    #[test]
+    fn mismatches_are_refused_by_name() {
+        let (svid, other) = (good(), good());
+        let now = SystemTime::now();
+        let remade = |chain: &[CertificateDer<'static>]| remake(chain, &svid, now).unwrap_err();
+
+        assert_eq!(remake(&[], &svid, now).unwrap_err(), SvidError::EmptyChain);
+        assert_eq!(remade(other.chain()), SvidError::OtherKey);
+        let long = vec![svid.chain()[0].clone(); MAX_CHAIN_LENGTH + 1];
+        assert_eq!(remade(&long), SvidError::ChainTooLong(MAX_CHAIN_LENGTH + 1));
+        let wrong_order = [TestCa::shared().root().clone(), svid.chain()[0].clone()];
+        assert_eq!(remade(&wrong_order), SvidError::Leaf(PeerRefusal::LeafIsCa));
+        let garbage = [CertificateDer::from(vec![1, 2, 3])];
+        assert_eq!(remade(&garbage), SvidError::Leaf(PeerRefusal::Malformed));
+        let stranger = workload("td", "a", "stranger");
+        let foreign = TestCa::shared().svid(&stranger);
+        let expected = SvidError::OtherIdentity(stranger.spiffe_id().clone());
+        assert_eq!(
+            remake(foreign.chain(), &foreign, now).unwrap_err(),
+            expected
+        );
+    }
+
+    #[test]
+    fn validity_has_skew_at_its_start_only() {
+        let svid = good();
+        let try_at = |unix| remake(svid.chain(), &svid, at(unix));
+        try_at(svid.not_before() - 60).unwrap();
+        let early = try_at(svid.not_before() - 61).unwrap_err();
+        assert!(matches!(early, SvidError::NotYetValid { .. }));
+        try_at(svid.not_after()).unwrap();
+        let late = try_at(svid.not_after() + 1).unwrap_err();
+        assert!(matches!(late, SvidError::Expired { .. }));
+        assert!(!svid.expired_at(at(svid.not_after())));
+        assert!(svid.expired_at(at(svid.not_after() + 1)));
+    }
+
+    #[test]
+    fn encoded_keys_of_each_kind_are_read() {
+        for algorithm in [
+            &rcgen::PKCS_ECDSA_P256_SHA256,
+            &rcgen::PKCS_ECDSA_P384_SHA384,
+            &rcgen::PKCS_ED25519,
+            &rcgen::PKCS_RSA_SHA256,
+        ] {
+            let pair = rcgen::KeyPair::generate_for(algorithm).unwrap();
+            let params = LeafParams::good(&workload("td", "a", "b"));
+            let chain = TestCa::shared().chain_for(&params, &pair);
+            let der = PrivateKeyDer::try_from(pair.serialize_der()).unwrap();
+            Svid::from_der(&id(), chain, &der, SystemTime::now()).unwrap();
+        }
+        let der = PrivateKeyDer::Pkcs8(vec![0u8; 16].into());
+        let error = Svid::from_der(&id(), good().chain().to_vec(), &der, SystemTime::now());
+        assert_eq!(error.unwrap_err(), SvidError::UnusableKey);
+    }
+
+    #[test]
+    fn debug_shows_neither_key_nor_certificate() {
+        let text = format!("{:?}", good());
+        assert!(
+            text.starts_with("Svid { id: spiffe://td/ns/a/sa/b, serial: "),
+            "{text}"
+        );
+        assert!(!text.to_lowercase().contains("key"), "{text}");
+        assert!(text.len() < 300, "{text}");
+    }
 }

@@ -12,7 +12,18 @@
 //! or keep pools of tunnels. It opens no connection by itself, except the probe's, on
 //! loopback.
 
+#[cfg(test)]
+extern crate self as ktls_offload;
+
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+#[macro_use]
+mod common;
 mod error;
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod interop;
 pub mod handshake;
 mod pool;
 mod probe;

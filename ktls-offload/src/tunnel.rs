@@ -336,11 +336,11 @@ impl Tunnel {
             if let Some(message) = message {
                 self.tx.send(&self.sock, &message).await?;
             }
-            self.tx
-                .records
-                .send(&self.sock, TYPE_ALERT, &CLOSE_NOTIFY)
-                .await?;
-            self.rx.records.discard(&self.sock).await;
+            // The peer may have closed as soon as it read that message: no error.
+            let close_notify = self.tx.records.send(&self.sock, TYPE_ALERT, &CLOSE_NOTIFY);
+            if close_notify.await.is_ok() {
+                self.rx.records.discard(&self.sock).await;
+            }
             Ok(())
         };
         tokio::time::timeout(CLOSE_TIMEOUT, work)

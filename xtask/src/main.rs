@@ -1,8 +1,11 @@
 //! The one command surface of the project: `cargo xtask --help`.
 
 mod build;
+mod demo;
 mod lab;
+mod lint;
 mod setup;
+mod test;
 mod ui;
 mod vm;
 
@@ -24,6 +27,16 @@ struct Arguments {
 enum Task {
     /// Install everything that any of the commands needs
     Setup,
+    /// Show the mesh at work: real programs, and what is observed of them from outside
+    Demo(demo::Arguments),
+    #[command(hide = true)]
+    GuestDemo(demo::GuestArguments),
+    /// Lint, unit tests, lab tests here and in a guest per kernel
+    Test(test::Arguments),
+    #[command(hide = true)]
+    GuestTests(test::GuestArguments),
+    /// Formatting, clippy, licences and banned crates
+    Lint,
     /// A network of namespaces with the mesh on it, for hands-on work
     Lab {
         #[command(subcommand)]
@@ -58,6 +71,11 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Setup => setup::everything().map(|()| ExitCode::SUCCESS),
+        Task::Demo(arguments) => demo::run(&arguments),
+        Task::GuestDemo(arguments) => demo::run_as_guest(&arguments),
+        Task::Test(arguments) => test::run(&arguments),
+        Task::GuestTests(arguments) => test::run_as_guest(&arguments),
+        Task::Lint => lint::run(),
         Task::Lab { action } => lab::run(action),
         Task::Vm { kernel, timeout, files, command } => vm(&kernel, timeout, files, command),
     }

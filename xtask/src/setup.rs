@@ -24,6 +24,7 @@ pub const LAB: &[Program] = &[
     Program::new("iperf3", "iperf3"),
     Program::new("curl", "curl"),
     Program::new("sha256sum", "coreutils"),
+    Program::new("openssl", "openssl"),
 ];
 
 /// What the guest needs on the host.
@@ -35,7 +36,6 @@ pub const GUEST: &[Program] = &[
     Program::new("xz", "xz-utils"),
     Program::new("ldd", "libc-bin"),
     Program::new("nsenter", "util-linux"),
-    Program::new("openssl", "openssl"),
 ];
 
 /// The load generator of the benchmark.

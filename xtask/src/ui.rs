@@ -53,7 +53,8 @@ impl Progress {
         let label = label.to_owned();
         let thread = std::thread::spawn(move || {
             let started = Instant::now();
-            let terminal = std::io::stderr().is_terminal();
+            let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
+            let terminal = std::io::stderr().is_terminal() && !dumb;
             let mut wait = Duration::from_secs(2);
             while stopped.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
                 let seconds = started.elapsed().as_secs();

@@ -115,7 +115,10 @@ impl Verdict {
 
     #[inline(always)]
     const fn of(reason: Reason) -> Self {
-        Verdict { reason, term: Self::NO_TERM }
+        Verdict {
+            reason,
+            term: Self::NO_TERM,
+        }
     }
 
     /// Whether the connection is admitted.
@@ -141,25 +144,36 @@ pub fn authorize<T: PolicyTables>(tables: &T, query: &Query) -> Verdict {
     if query.identity == IDENTITY_NONE && set.flags & SET_STRICT != 0 {
         return Verdict::of(Reason::PlaintextRefused);
     }
+    // Each mask is used as soon as it is found: the verifier would follow every
+    // combination of where they came from.
     let Some(by_identity) = tables.identity(query.set, query.identity) else {
         return Verdict::of(Reason::UnknownIdentity);
     };
-    let by_source = match tables.source(query.set, &query.source) {
+    let matching = by_identity.and(match tables.source(query.set, &query.source) {
         Some(mask) => mask,
         None => &set.other_sources,
-    };
-    let by_port = match tables.port(query.set, query.port) {
+    });
+    let matching = matching.and(match tables.port(query.set, query.port) {
         Some(mask) => mask,
         None => &set.other_ports,
-    };
-    let by_destination = if query.destination_v4 { &set.destination4 } else { &set.destination6 };
-    let matching = by_identity.and(by_source).and(by_port).and(by_destination);
+    });
+    let matching = matching.and(if query.destination_v4 {
+        &set.destination4
+    } else {
+        &set.destination6
+    });
 
     if let Some(term) = matching.and(&set.deny).first() {
-        return Verdict { reason: Reason::Denied, term };
+        return Verdict {
+            reason: Reason::Denied,
+            term,
+        };
     }
     if let Some(term) = matching.and(&set.allow).first() {
-        return Verdict { reason: Reason::Allowed, term };
+        return Verdict {
+            reason: Reason::Allowed,
+            term,
+        };
     }
     if set.flags & SET_HAS_ALLOW != 0 {
         return Verdict::of(Reason::NotAllowed);

@@ -1,7 +1,10 @@
 //! Keys and values of the BPF maps.
 
 /// An IP address: 16 bytes, network byte order, IPv4 as `::ffff:a.b.c.d`.
-#[repr(C)]
+///
+/// Aligned, so that eBPF programs compare it by words: byte by byte costs the verifier
+/// more steps than it grants.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
 pub struct Addr(pub [u8; 16]);
 
@@ -12,41 +15,50 @@ impl Addr {
     /// The IPv4-mapped form of an IPv4 address in network byte order.
     #[inline(always)]
     pub const fn v4(octets: [u8; 4]) -> Self {
-        let [a, b, c, d] = octets;
-        Addr([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d])
+        Addr::from_words([0, 0, MAPPED, u32::from_ne_bytes(octets)])
     }
 
     /// Whether this is an IPv4 (mapped) address.
     #[inline(always)]
     pub fn is_v4(&self) -> bool {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = self.0;
-        (a | b | c | d | e | f | g | h | i | j) == 0 && k == 0xff && l == 0xff
+        let [a, b, c, _] = self.words();
+        (a | b | (c ^ MAPPED)) == 0
     }
 
     /// Whether this is 0.0.0.0 or ::, which `connect` takes for the loopback address.
     #[inline(always)]
     pub fn is_unspecified(&self) -> bool {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.0;
-        let head = a | b | c | d | e | f | g | h | i | j;
-        let mapped_or_zero = (k == 0 && l == 0) || (k == 0xff && l == 0xff);
-        head == 0 && mapped_or_zero && (m | n | o | p) == 0
+        let [a, b, c, d] = self.words();
+        (a | b | d) == 0 && (c == 0 || c == MAPPED)
     }
 
     /// Whether this is 127.0.0.0/8 or ::1.
     #[inline(always)]
     pub fn is_loopback(&self) -> bool {
+        let [a, b, c, d] = self.words();
         if self.is_v4() {
-            return self.0[12] == 127;
+            return d.to_ne_bytes()[0] == 127;
         }
-        let mut rest = 0;
-        let mut i = 0;
-        while i < 15 {
-            rest |= self.0[i];
-            i += 1;
-        }
-        rest == 0 && self.0[15] == 1
+        (a | b | c | (d ^ u32::from_ne_bytes([0, 0, 0, 1]))) == 0
+    }
+
+    /// The address as four words in memory order.
+    #[inline(always)]
+    pub const fn words(&self) -> [u32; 4] {
+        // SAFETY: the same size, and any bytes are words.
+        unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(self.0) }
+    }
+
+    /// The address of four words in memory order.
+    #[inline(always)]
+    pub const fn from_words(words: [u32; 4]) -> Self {
+        // SAFETY: the same size, and any bytes are an address.
+        Addr(unsafe { core::mem::transmute::<[u32; 4], [u8; 16]>(words) })
     }
 }
+
+/// The third word of an IPv4-mapped address.
+const MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 
 #[cfg(feature = "aya")]
 extern crate std;
@@ -151,8 +163,8 @@ pub const WORKLOAD_MESH: u32 = 1;
 /// that this version cannot use): never sent in plaintext.
 pub const WORKLOAD_REFUSE: u32 = 2;
 
-/// `SOCKS` (socket storage of an application's socket that was redirected or
-/// given a backend): what the application asked for and what it got.
+/// `SOCKS` (socket storage): of an application's socket that was redirected or given a
+/// backend, what it asked for and what it got; of the agent's last hop, that it is one.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct AppSocket {
@@ -162,19 +174,31 @@ pub struct AppSocket {
     pub backend: Endpoint,
     pub netns: u64,
     pub cookie: u64,
-    /// 1: redirected to the agent; 0: connected to `backend` directly.
-    pub redirected: u32,
+    /// One of `SOCKET_*`.
+    pub kind: u32,
     pub pad: u32,
 }
 
+/// Connected to `backend` directly.
+pub const SOCKET_DIRECT: u32 = 0;
+/// Redirected to the agent.
+pub const SOCKET_REDIRECTED: u32 = 1;
+/// The agent's last hop, admitted by `authorize()`.
+pub const SOCKET_LAST_HOP: u32 = 2;
+
 /// `ORIGINAL_DST` key: the redirected connection as the agent sees it at accept.
+///
+/// `LAST_HOPS` key → cookie of the agent's socket: a last hop that was admitted. Its
+/// SYN names a client that is elsewhere and, to the receiving side, came in through
+/// the device that has the pod's address: nothing else tells it from the wire.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Flow {
     pub netns: u64,
-    /// The application's end.
+    /// The end that connects: the application, or the client whose address the last
+    /// hop bears.
     pub source: Endpoint,
-    /// The agent's end (its outbound listener).
+    /// The end that listens: the agent's outbound listener, or the application.
     pub listener: Endpoint,
 }
 
@@ -258,35 +282,16 @@ impl Mask {
     }
 }
 
-/// Index of the lowest set bit. The BPF instruction set has no count-zeros, and the
-/// compiler's table for it would need a relocation: halving works everywhere.
+/// Index of the lowest set bit: the number of ones below it, counted in parallel. The
+/// BPF instruction set has no count-zeros, the compiler's table for it would need a
+/// relocation, and each branch would double what the verifier walks.
 #[inline(always)]
-fn lowest_bit(mut word: u64) -> u16 {
-    let mut n = 0;
-    if word & 0xffff_ffff == 0 {
-        n += 32;
-        word >>= 32;
-    }
-    if word & 0xffff == 0 {
-        n += 16;
-        word >>= 16;
-    }
-    if word & 0xff == 0 {
-        n += 8;
-        word >>= 8;
-    }
-    if word & 0xf == 0 {
-        n += 4;
-        word >>= 4;
-    }
-    if word & 0x3 == 0 {
-        n += 2;
-        word >>= 2;
-    }
-    if word & 0x1 == 0 {
-        n += 1;
-    }
-    n
+fn lowest_bit(word: u64) -> u16 {
+    let below = !word & word.wrapping_sub(1);
+    let pairs = below - ((below >> 1) & 0x5555_5555_5555_5555);
+    let fours = (pairs & 0x3333_3333_3333_3333) + ((pairs >> 2) & 0x3333_3333_3333_3333);
+    let bytes = (fours + (fours >> 4)) & 0x0f0f_0f0f_0f0f_0f0f;
+    (bytes.wrapping_mul(0x0101_0101_0101_0101) >> 56) as u16
 }
 
 /// `POLICY_SETS`: the compiled policies of one workload.
@@ -452,8 +457,23 @@ mod pod {
         )*};
     }
     pod!(
-        Addr, Endpoint, Pod, Service, BackendKey, Backend, Workload, AppSocket, Flow, OriginalDst,
-        AgentSocket, Mask, PolicySet, IdentityKey, PortKey, SourceKey, Event
+        Addr,
+        Endpoint,
+        Pod,
+        Service,
+        BackendKey,
+        Backend,
+        Workload,
+        AppSocket,
+        Flow,
+        OriginalDst,
+        AgentSocket,
+        Mask,
+        PolicySet,
+        IdentityKey,
+        PortKey,
+        SourceKey,
+        Event
     );
 }
 
@@ -470,3 +490,60 @@ const _: () = {
     assert!(size_of::<SourceKey>() == 20);
     assert!(size_of::<Event>() == 64);
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_told_apart() {
+        let v4 = |a, b, c, d| Addr::v4([a, b, c, d]);
+        let v6 = |last: u8, first: u8| {
+            let mut bytes = [0; 16];
+            bytes[0] = first;
+            bytes[15] = last;
+            Addr(bytes)
+        };
+        assert!(v4(10, 0, 0, 1).is_v4() && v4(0, 0, 0, 0).is_v4());
+        assert!(!v6(1, 0).is_v4() && !Addr::NONE.is_v4());
+        let mut compatible = Addr::v4([10, 0, 0, 1]);
+        compatible.0[10] = 0;
+        assert!(!compatible.is_v4());
+        assert!(v4(127, 0, 0, 1).is_loopback() && v4(127, 9, 9, 9).is_loopback());
+        assert!(v6(1, 0).is_loopback());
+        assert!(!v4(128, 0, 0, 127).is_loopback() && !v6(1, 0x20).is_loopback());
+        assert!(!v6(2, 0).is_loopback() && !Addr::NONE.is_loopback());
+        assert!(Addr::NONE.is_unspecified() && v4(0, 0, 0, 0).is_unspecified());
+        assert!(!v4(0, 0, 0, 1).is_unspecified() && !v6(1, 0).is_unspecified());
+        assert!(!v6(0, 1).is_unspecified());
+        assert_eq!(Addr::from_words(v4(1, 2, 3, 4).words()), v4(1, 2, 3, 4));
+    }
+
+    #[test]
+    fn first_bit_of_a_mask_is_found_wherever_it_is() {
+        assert_eq!(Mask::NONE.first(), None);
+        assert_eq!(Mask::ALL.first(), Some(0));
+        for bit in 0..MAX_TERMS {
+            let mut mask = Mask::NONE;
+            mask.set(bit);
+            assert_eq!(mask.first(), Some(bit as u16));
+            // Higher bits do not matter.
+            for higher in [bit + 1, bit + 63, bit + 64, MAX_TERMS - 1] {
+                if higher < MAX_TERMS && higher > bit {
+                    mask.set(higher);
+                }
+            }
+            assert_eq!(mask.first(), Some(bit as u16));
+        }
+        let mut mask = Mask::NONE;
+        mask.set(MAX_TERMS);
+        assert_eq!(mask, Mask::NONE, "out of range is ignored");
+    }
+
+    #[test]
+    fn counters_are_in_the_order_of_their_indices() {
+        for (index, counter) in Counter::ALL.into_iter().enumerate() {
+            assert_eq!(counter as usize, index);
+        }
+    }
+}

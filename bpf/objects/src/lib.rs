@@ -16,10 +16,12 @@ struct Aligned<T: ?Sized> {
     bytes: T,
 }
 
-static NODE_OBJECT: &Aligned<[u8]> =
-    &Aligned { bytes: *include_bytes!(concat!(env!("OUT_DIR"), "/node.o")) };
-static POD_OBJECT: &Aligned<[u8]> =
-    &Aligned { bytes: *include_bytes!(concat!(env!("OUT_DIR"), "/pod.o")) };
+static NODE_OBJECT: &Aligned<[u8]> = &Aligned {
+    bytes: *include_bytes!(concat!(env!("OUT_DIR"), "/node.o")),
+};
+static POD_OBJECT: &Aligned<[u8]> = &Aligned {
+    bytes: *include_bytes!(concat!(env!("OUT_DIR"), "/pod.o")),
+};
 
 #[cfg(test)]
 mod tests {

@@ -25,6 +25,8 @@ const HOOKS: [(&str, &str); 5] = [
     ("ringfence_conn4", "connect4"),
     ("ringfence_conn6", "connect6"),
 ];
+/// A link takes no flags, and always shares the hook with other programs.
+const LINK_MODE: CgroupAttachMode = CgroupAttachMode::Single;
 const WIRE: &str = "ringfence_wire";
 
 /// Loads the node's object; its maps are pinned, or taken over where they are.
@@ -33,7 +35,10 @@ pub(crate) fn load_node(pins: &Pins) -> Result<Ebpf, DatapathError> {
         .default_map_pin_directory(pins.maps())
         .map_pin_path("SOCKS", pins.map("SOCKS"))
         .load(NODE)
-        .map_err(|source| DatapathError::Load { object: "node", source: Box::new(source) })
+        .map_err(|source| DatapathError::Load {
+            object: "node",
+            source: Box::new(source),
+        })
 }
 
 /// Attaches the node's programs to the cgroup, or puts them into the links that are
@@ -57,7 +62,10 @@ pub(crate) fn attach_node(
         let pin = pins.link(hook);
         match program(ebpf, name)? {
             Program::CgroupSockAddr(program) => {
-                let fd = program.fd().map_err(|source| program_error(name, source))?.as_fd();
+                let fd = program
+                    .fd()
+                    .map_err(|source| program_error(name, source))?
+                    .as_fd();
                 if !take_over(&pin, fd, |_| Ok(true))? {
                     let link = attach_sock_addr(program, &cgroup)
                         .map_err(|source| program_error(name, source))?;
@@ -65,7 +73,10 @@ pub(crate) fn attach_node(
                 }
             }
             Program::SockOps(program) => {
-                let fd = program.fd().map_err(|source| program_error(name, source))?.as_fd();
+                let fd = program
+                    .fd()
+                    .map_err(|source| program_error(name, source))?
+                    .as_fd();
                 if !take_over(&pin, fd, |_| Ok(true))? {
                     let link = attach_sock_ops(program, &cgroup)
                         .map_err(|source| program_error(name, source))?;
@@ -80,27 +91,30 @@ pub(crate) fn attach_node(
 
 /// Loads an instance of the pod's program for this namespace and attaches it, or puts
 /// it into the link that is pinned already.
-pub(crate) fn attach_pod(
-    pins: &Pins,
-    netns: impl AsFd,
-    cookie: u64,
-) -> Result<(), DatapathError> {
+pub(crate) fn attach_pod(pins: &Pins, netns: impl AsFd, cookie: u64) -> Result<(), DatapathError> {
     let mut ebpf = EbpfLoader::new()
         .default_map_pin_directory(pins.maps())
         .override_global("NETNS_COOKIE", &cookie, true)
         .load(POD)
-        .map_err(|source| DatapathError::Load { object: "pod", source: Box::new(source) })?;
+        .map_err(|source| DatapathError::Load {
+            object: "pod",
+            source: Box::new(source),
+        })?;
     let Program::SkLookup(program) = program(&mut ebpf, WIRE)? else {
         return Err(DatapathError::Missing { name: WIRE });
     };
-    program.load().map_err(|source| program_error(WIRE, source))?;
+    program
+        .load()
+        .map_err(|source| program_error(WIRE, source))?;
     let pin = pins.pod(cookie);
-    let fd = program.fd().map_err(|source| program_error(WIRE, source))?.as_fd();
+    let fd = program
+        .fd()
+        .map_err(|source| program_error(WIRE, source))?
+        .as_fd();
     if take_over(&pin, fd, sys::netns_link_is_alive)? {
         return Ok(());
     }
-    let link =
-        attach_sk_lookup(program, netns).map_err(|source| program_error(WIRE, source))?;
+    let link = attach_sk_lookup(program, netns).map_err(|source| program_error(WIRE, source))?;
     pin_link(link, &pin)
 }
 
@@ -108,15 +122,21 @@ fn attach_sock_addr(
     program: &mut CgroupSockAddr,
     cgroup: impl AsFd,
 ) -> Result<FdLink, ProgramError> {
-    let id = program.attach(cgroup, CgroupAttachMode::AllowMultiple)?;
+    let id = program.attach(cgroup, LINK_MODE)?;
     // Before Linux 5.7 it would be no link that can be pinned.
-    program.take_link(id)?.try_into().map_err(|_| ProgramError::NotAttached)
+    program
+        .take_link(id)?
+        .try_into()
+        .map_err(|_| ProgramError::NotAttached)
 }
 
 fn attach_sock_ops(program: &mut SockOps, cgroup: impl AsFd) -> Result<FdLink, ProgramError> {
-    let id = program.attach(cgroup, CgroupAttachMode::AllowMultiple)?;
+    let id = program.attach(cgroup, LINK_MODE)?;
     // Before Linux 5.7 it would be no link that can be pinned.
-    program.take_link(id)?.try_into().map_err(|_| ProgramError::NotAttached)
+    program
+        .take_link(id)?
+        .try_into()
+        .map_err(|_| ProgramError::NotAttached)
 }
 
 fn attach_sk_lookup(program: &mut SkLookup, netns: impl AsFd) -> Result<FdLink, ProgramError> {
@@ -161,14 +181,26 @@ fn pin_link(link: FdLink, pin: &Path) -> Result<(), DatapathError> {
 }
 
 fn link_error(action: &'static str, pin: &Path, source: io::Error) -> DatapathError {
-    let program = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    DatapathError::Link { action, program, source }
+    let program = pin
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    DatapathError::Link {
+        action,
+        program,
+        source,
+    }
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, DatapathError> {
-    ebpf.program_mut(name).ok_or(DatapathError::Missing { name })
+    ebpf.program_mut(name)
+        .ok_or(DatapathError::Missing { name })
 }
 
 fn program_error(program: &'static str, source: ProgramError) -> DatapathError {
-    DatapathError::Program { program, source: Box::new(source) }
+    DatapathError::Program {
+        program,
+        source: Box::new(source),
+    }
 }

@@ -1,6 +1,6 @@
 //! Errors, sorted by whose fault they are.
 
-use std::{io, path::PathBuf};
+use std::{error::Error, io, iter, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
@@ -12,17 +12,27 @@ pub enum DatapathError {
     #[error("loading eBPF programs needs {missing}: run as root, or grant the capability")]
     NotPermitted { missing: &'static str },
     /// The pin folder is on another kind of file system.
-    #[error("{path} is not on a BPF file system: mount one (mount -t bpf bpf /sys/fs/bpf) or choose a folder below it")]
+    #[error(
+        "{path} is not on a BPF file system: mount one (mount -t bpf bpf /sys/fs/bpf) or choose a folder below it"
+    )]
     NoBpfFs { path: PathBuf },
     /// No root of the cgroup v2 hierarchy is mounted here.
-    #[error("the root of the cgroup v2 hierarchy is not mounted in this mount namespace: mount it, or in a container map the host's into it and name it in the configuration")]
+    #[error(
+        "the root of the cgroup v2 hierarchy is not mounted in this mount namespace: mount it, or in a container map the host's into it and name it in the configuration"
+    )]
     NoCgroup,
     /// Another version's programs and maps are pinned.
-    #[error("{path} holds the maps of another Ringfence version, which cannot be taken over: run `ringfence uninstall` first (pods are not protected in between)")]
+    #[error(
+        "{path} holds the maps of another Ringfence version, which cannot be taken over: run `ringfence uninstall` first (pods are not protected in between)"
+    )]
     OtherLayout { path: PathBuf },
     /// A path or a system call on it.
     #[error("cannot {action} {path}: {source}")]
-    Path { action: &'static str, path: PathBuf, source: io::Error },
+    Path {
+        action: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
 
     // The load's.
     /// A table has no room left.
@@ -31,17 +41,37 @@ pub enum DatapathError {
 
     // The kernel's.
     /// The kernel refused an object: the verifier's words are in the source.
-    #[error("the kernel does not take the eBPF object `{object}` (Linux 6.1 or later is needed): {source}")]
-    Load { object: &'static str, source: Box<EbpfError> },
+    #[error(
+        "the kernel does not take the eBPF object `{object}` (Linux 6.1 or later is needed): {}",
+        chain(source.as_ref())
+    )]
+    Load {
+        object: &'static str,
+        source: Box<EbpfError>,
+    },
     /// The kernel refused a program or would not attach it.
-    #[error("the kernel does not take or attach the eBPF program `{program}` (Linux 6.1 or later is needed): {source}")]
-    Program { program: &'static str, source: Box<ProgramError> },
+    #[error(
+        "the kernel does not take or attach the eBPF program `{program}` (Linux 6.1 or later is needed): {}",
+        chain(source.as_ref())
+    )]
+    Program {
+        program: &'static str,
+        source: Box<ProgramError>,
+    },
     /// A link would not be pinned or replaced.
     #[error("cannot {action} the link of `{program}`: {source}")]
-    Link { action: &'static str, program: String, source: io::Error },
+    Link {
+        action: &'static str,
+        program: String,
+        source: io::Error,
+    },
     /// An operation on a map.
-    #[error("cannot {action} the kernel table {table}: {source}")]
-    Table { action: &'static str, table: &'static str, source: Box<MapError> },
+    #[error("cannot {action} the kernel table {table}: {}", chain(source.as_ref()))]
+    Table {
+        action: &'static str,
+        table: &'static str,
+        source: Box<MapError>,
+    },
 
     // The caller's.
     /// A prefix longer than the address.
@@ -55,4 +85,18 @@ pub enum DatapathError {
     /// The embedded object and this crate do not belong together.
     #[error("the embedded eBPF object lacks `{name}`: this is a build error")]
     Missing { name: &'static str },
+}
+
+/// aya's errors name the call; what the kernel answered is behind them.
+fn chain(error: &dyn Error) -> String {
+    let causes = iter::successors(error.source(), |error| (*error).source());
+    causes.fold(error.to_string(), |text, cause| {
+        let cause = cause.to_string();
+        // Some messages hold their source already.
+        if text.contains(&cause) {
+            text
+        } else {
+            format!("{text}: {cause}")
+        }
+    })
 }

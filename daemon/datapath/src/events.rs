@@ -103,8 +103,14 @@ mod tests {
         bytes[54..56].copy_from_slice(&u16::MAX.to_ne_bytes());
         bytes[56..60].copy_from_slice(&2u32.to_ne_bytes());
         let event = parse(&bytes).unwrap();
-        assert_eq!((event.netns, event.source.port, event.destination.port), (7, 1234, 80));
-        assert_eq!((event.identity, event.reason, event.term, event.hook), (9, 18, u16::MAX, 2));
+        assert_eq!(
+            (event.netns, event.source.port, event.destination.port),
+            (7, 1234, 80)
+        );
+        assert_eq!(
+            (event.identity, event.reason, event.term, event.hook),
+            (9, 18, u16::MAX, 2)
+        );
     }
 
     #[test]

@@ -10,9 +10,7 @@ use aya::{
     Ebpf,
     maps::{Map, MapData, PerCpuArray},
 };
-use ringfence_bpf_common::{
-    Addr, AgentSocket, Counter, Flow, OriginalDst, Pod, Workload,
-};
+use ringfence_bpf_common::{Addr, AgentSocket, Counter, Flow, OriginalDst, Pod, Workload};
 
 use crate::{
     DatapathError, Events, attach,
@@ -40,6 +38,7 @@ pub struct Datapath {
     pub(crate) workloads: Table<Addr, Workload>,
     pub(crate) agent_sockets: Table<u64, AgentSocket>,
     pub(crate) original_destinations: Table<Flow, OriginalDst>,
+    pub(crate) last_hops: Table<Flow, u64>,
     pub(crate) services: Services,
     pub(crate) policies: Policies,
     counters: PerCpuArray<MapData, u64>,
@@ -61,6 +60,7 @@ impl Datapath {
             workloads: Table::new("WORKLOADS", take(&mut ebpf, "WORKLOADS")?)?,
             agent_sockets: Table::new("AGENT_SOCKS", take(&mut ebpf, "AGENT_SOCKS")?)?,
             original_destinations: Table::new("ORIGINAL_DST", take(&mut ebpf, "ORIGINAL_DST")?)?,
+            last_hops: Table::new("LAST_HOPS", take(&mut ebpf, "LAST_HOPS")?)?,
             services: Services::new(take(&mut ebpf, "SERVICES")?, take(&mut ebpf, "BACKENDS")?)?,
             policies: Policies::new(
                 take(&mut ebpf, "POLICY_SETS")?,
@@ -101,13 +101,17 @@ impl Datapath {
             .counters
             .get(&(counter as u32), 0)
             .map_err(|e| table_error("read", "COUNTERS", e))?;
-        Ok(per_cpu.iter().fold(0, |sum, count| sum.wrapping_add(*count)))
+        Ok(per_cpu
+            .iter()
+            .fold(0, |sum, count| sum.wrapping_add(*count)))
     }
 }
 
 impl fmt::Debug for Datapath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Datapath").field("pins", &self.pins).finish_non_exhaustive()
+        f.debug_struct("Datapath")
+            .field("pins", &self.pins)
+            .finish_non_exhaustive()
     }
 }
 
@@ -117,8 +121,7 @@ fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, DatapathError> {
 
 /// Says beforehand what the kernel would only answer with "operation not permitted".
 fn require_capabilities() -> Result<(), DatapathError> {
-    const NEEDED: [(u32, &str); 3] =
-        [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
+    const NEEDED: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
     const CAP_SYS_ADMIN: u32 = 21;
     let path = Path::new("/proc/self/status");
     let status =
@@ -137,7 +140,9 @@ fn require_capabilities() -> Result<(), DatapathError> {
 }
 
 fn effective_capabilities(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))?;
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
@@ -169,9 +174,16 @@ fn cgroup2_mounts(mountinfo: &str) -> impl Iterator<Item = PathBuf> + '_ {
 
 /// Blanks and backslashes are written as three octal digits.
 fn unescape(field: &str) -> PathBuf {
-    let unescaped = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(field.to_owned(), |text, (code, character)| text.replace(code, character));
+    let unescaped = [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ]
+    .iter()
+    .fold(field.to_owned(), |text, (code, character)| {
+        text.replace(code, character)
+    });
     PathBuf::from(unescaped)
 }
 
@@ -187,7 +199,10 @@ mod tests {
                       41 31 0:38 / /sys/fs/cgroup/unified rw shared:9 master:2 - cgroup2 cgroup2 rw\n\
                       42 31 0:38 / /mnt/a\\040b rw - cgroup2 none rw\n";
         let found: Vec<_> = cgroup2_mounts(mounts).collect();
-        assert_eq!(found, [Path::new("/sys/fs/cgroup/unified"), Path::new("/mnt/a b")]);
+        assert_eq!(
+            found,
+            [Path::new("/sys/fs/cgroup/unified"), Path::new("/mnt/a b")]
+        );
     }
 
     #[test]
@@ -198,7 +213,10 @@ mod tests {
 
     #[test]
     fn capabilities_are_read() {
-        assert_eq!(effective_capabilities("Name:\tx\nCapEff:\t000001ffffffffff\n"), Some(0x1ff_ffff_ffff));
+        assert_eq!(
+            effective_capabilities("Name:\tx\nCapEff:\t000001ffffffffff\n"),
+            Some(0x1ff_ffff_ffff)
+        );
         assert_eq!(effective_capabilities("CapEff:\tx\n"), None);
         assert_eq!(effective_capabilities(""), None);
     }

@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
@@ -11,7 +12,7 @@ use nix::{
 };
 use ringfence_bpf_common::LAYOUT_VERSION;
 
-use crate::DatapathError;
+use crate::{DatapathError, sys};
 
 /// Where distributions mount the BPF file system.
 const USUAL_BPFFS: &str = "/sys/fs/bpf";
@@ -30,6 +31,9 @@ pub fn remove(pin_dir: &Path) -> Result<(), DatapathError> {
         let entry = entry.map_err(|source| path_error("read", pin_dir, source))?;
         let path = entry.path();
         if is_layout(&entry.file_name().to_string_lossy()) {
+            for folder in [path.join(LINKS), path.join(PODS)] {
+                remove_links(&folder)?;
+            }
             fs::remove_dir_all(&path).map_err(|source| path_error("remove", &path, source))?;
         }
     }
@@ -40,6 +44,42 @@ pub fn remove(pin_dir: &Path) -> Result<(), DatapathError> {
         other => other.map_err(|source| path_error("remove", pin_dir, source)),
     }
 }
+
+/// Detaches a pinned link and removes its pin. A missing one is no error.
+pub(crate) fn remove_link(pin: &Path) -> Result<(), DatapathError> {
+    let link = match sys::open_pin(pin) {
+        Ok(link) => link,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(path_error("open the pinned link", pin, source)),
+    };
+    // A dead link has nothing to detach; what it hung on is gone.
+    match sys::detach_link(link.as_fd()) {
+        Err(error) if error.raw_os_error() != Some(libc::ENOLINK) => {
+            return Err(path_error("detach the pinned link", pin, error));
+        }
+        _ => {}
+    }
+    fs::remove_file(pin).map_err(|source| path_error("remove", pin, source))
+}
+
+fn remove_links(folder: &Path) -> Result<(), DatapathError> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(path_error("read", folder, source)),
+    };
+    for entry in entries {
+        remove_link(
+            &entry
+                .map_err(|source| path_error("read", folder, source))?
+                .path(),
+        )?;
+    }
+    Ok(())
+}
+
+const LINKS: &str = "links";
+const PODS: &str = "pods";
 
 /// The pin folder of this version.
 #[derive(Debug, Clone)]
@@ -53,12 +93,22 @@ impl Pins {
         if !is_bpffs(existing_part(pin_dir))? {
             let usual = Path::new(USUAL_BPFFS);
             if !pin_dir.starts_with(usual) || !usual.is_dir() {
-                return Err(DatapathError::NoBpfFs { path: pin_dir.into() });
+                return Err(DatapathError::NoBpfFs {
+                    path: pin_dir.into(),
+                });
             }
-            mount(Some("bpf"), usual, Some("bpf"), MsFlags::empty(), None::<&str>)
-                .map_err(|errno| path_error("mount a BPF file system on", usual, errno.into()))?;
+            mount(
+                Some("bpf"),
+                usual,
+                Some("bpf"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .map_err(|errno| path_error("mount a BPF file system on", usual, errno.into()))?;
         }
-        let pins = Pins { root: pin_dir.join(format!("v{LAYOUT_VERSION}")) };
+        let pins = Pins {
+            root: pin_dir.join(format!("v{LAYOUT_VERSION}")),
+        };
         for folder in [pins.root.clone(), pins.links(), pins.pods()] {
             fs::create_dir_all(&folder).map_err(|source| path_error("create", &folder, source))?;
         }
@@ -76,7 +126,7 @@ impl Pins {
     }
 
     fn links(&self) -> PathBuf {
-        self.root.join("links")
+        self.root.join(LINKS)
     }
 
     pub(crate) fn link(&self, hook: &str) -> PathBuf {
@@ -84,7 +134,7 @@ impl Pins {
     }
 
     pub(crate) fn pods(&self) -> PathBuf {
-        self.root.join("pods")
+        self.root.join(PODS)
     }
 
     pub(crate) fn pod(&self, cookie: u64) -> PathBuf {
@@ -95,8 +145,12 @@ impl Pins {
     /// one redirected.
     fn refuse_other_layouts(&self, pin_dir: &Path) -> Result<(), DatapathError> {
         for entry in fs::read_dir(pin_dir).map_err(|source| path_error("read", pin_dir, source))? {
-            let path = entry.map_err(|source| path_error("read", pin_dir, source))?.path();
-            let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+            let path = entry
+                .map_err(|source| path_error("read", pin_dir, source))?
+                .path();
+            let name = path
+                .file_name()
+                .map(|name| name.to_string_lossy().into_owned());
             if path != self.root && name.is_some_and(|name| is_layout(&name)) {
                 return Err(DatapathError::OtherLayout { path });
             }
@@ -106,16 +160,23 @@ impl Pins {
 }
 
 pub(crate) fn path_error(action: &'static str, path: &Path, source: io::Error) -> DatapathError {
-    DatapathError::Path { action, path: path.into(), source }
+    DatapathError::Path {
+        action,
+        path: path.into(),
+        source,
+    }
 }
 
 fn is_layout(name: &str) -> bool {
-    name.strip_prefix('v').is_some_and(|digits| digits.parse::<u32>().is_ok())
+    name.strip_prefix('v')
+        .is_some_and(|digits| digits.parse::<u32>().is_ok())
 }
 
 /// The longest part of the path that exists.
 fn existing_part(path: &Path) -> &Path {
-    path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(path)
+    path.ancestors()
+        .find(|ancestor| ancestor.exists())
+        .unwrap_or(path)
 }
 
 fn is_bpffs(path: &Path) -> Result<bool, DatapathError> {
@@ -124,7 +185,11 @@ fn is_bpffs(path: &Path) -> Result<bool, DatapathError> {
 }
 
 fn require_bpffs(path: &Path) -> Result<(), DatapathError> {
-    if is_bpffs(path)? { Ok(()) } else { Err(DatapathError::NoBpfFs { path: path.into() }) }
+    if is_bpffs(path)? {
+        Ok(())
+    } else {
+        Err(DatapathError::NoBpfFs { path: path.into() })
+    }
 }
 
 #[cfg(test)]
@@ -142,7 +207,10 @@ mod tests {
     fn removing_what_is_on_another_file_system_is_refused() {
         let folder = std::env::temp_dir().join(format!("ringfence-pins-{}", std::process::id()));
         fs::create_dir_all(folder.join("v1")).unwrap();
-        assert!(matches!(remove(&folder), Err(DatapathError::NoBpfFs { .. })));
+        assert!(matches!(
+            remove(&folder),
+            Err(DatapathError::NoBpfFs { .. })
+        ));
         assert!(folder.join("v1").exists());
         fs::remove_dir_all(&folder).unwrap();
     }

@@ -7,13 +7,22 @@ use std::{
 
 use ringfence_bpf_common::{Addr, Pod, Workload};
 
-use crate::{Datapath, DatapathError, attach, pins::path_error, sys};
+use crate::{
+    Datapath, DatapathError, attach,
+    pins::{path_error, remove_link},
+    sys,
+};
 
 impl Datapath {
     /// Enrols the network namespace `netns`, whose cookie is `cookie`: from here on its
     /// connects are classified and plaintext from the wire is judged. Enrolling again
     /// replaces the entry and the program.
-    pub fn enrol(&self, netns: BorrowedFd<'_>, cookie: u64, pod: &Pod) -> Result<(), DatapathError> {
+    pub fn enrol(
+        &self,
+        netns: BorrowedFd<'_>,
+        cookie: u64,
+        pod: &Pod,
+    ) -> Result<(), DatapathError> {
         // The entry first: the program refuses everything without one.
         self.pods.put(&cookie, pod)?;
         attach::attach_pod(&self.pins, netns, cookie)
@@ -26,17 +35,16 @@ impl Datapath {
 
     /// Ends the enrolment: the namespace's traffic is its own again.
     pub fn withdraw(&self, cookie: u64) -> Result<(), DatapathError> {
-        let pin = self.pins.pod(cookie);
-        match fs::remove_file(&pin) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(path_error("remove", &pin, error));
-            }
-            _ => {}
-        }
+        remove_link(&self.pins.pod(cookie))?;
         self.pods.remove(&cookie)?;
         for flow in self.original_destinations.keys()? {
             if flow.netns == cookie {
                 self.original_destinations.remove(&flow)?;
+            }
+        }
+        for flow in self.last_hops.keys()? {
+            if flow.netns == cookie {
+                self.last_hops.remove(&flow)?;
             }
         }
         Ok(())

@@ -42,7 +42,8 @@ impl Datapath {
         sources: &[(SourcePrefix, Mask)],
         ports: &[(u16, Mask)],
     ) -> Result<(), DatapathError> {
-        self.policies.install(set_id, set, identities, sources, ports)
+        self.policies
+            .install(set_id, set, identities, sources, ports)
     }
 
     /// Prepares an identity for a set: without it the identity is denied.
@@ -116,16 +117,32 @@ impl Policies {
             known.entries.entry(set).or_default();
         }
         for key in policies.identities.keys()? {
-            known.entries.entry(key.set).or_default().identities.push(key.identity);
+            known
+                .entries
+                .entry(key.set)
+                .or_default()
+                .identities
+                .push(key.identity);
         }
         for key in policies.ports.keys()? {
-            known.entries.entry(key.set).or_default().ports.push(key.port);
+            known
+                .entries
+                .entry(key.set)
+                .or_default()
+                .ports
+                .push(key.port);
         }
         for key in policies.source_keys()? {
             let data = key.data();
             let len = u8::try_from(key.prefix_len().saturating_sub(SET_BITS)).unwrap_or(128);
-            let set = known.entries.entry(u32::from_be_bytes(data.set)).or_default();
-            set.sources.push(SourcePrefix { addr: data.addr, len });
+            let set = known
+                .entries
+                .entry(u32::from_be_bytes(data.set))
+                .or_default();
+            set.sources.push(SourcePrefix {
+                addr: data.addr,
+                len,
+            });
         }
         *policies.known() = known;
         Ok(policies)
@@ -177,10 +194,23 @@ impl Policies {
         ports: &[(u16, Mask)],
     ) -> Result<(), DatapathError> {
         for (identity, mask) in identities {
-            self.identities.put(&IdentityKey { set: id, identity: *identity }, mask)?;
+            self.identities.put(
+                &IdentityKey {
+                    set: id,
+                    identity: *identity,
+                },
+                mask,
+            )?;
         }
         for (port, mask) in ports {
-            self.ports.put(&PortKey { set: id, port: *port, pad: 0 }, mask)?;
+            self.ports.put(
+                &PortKey {
+                    set: id,
+                    port: *port,
+                    pad: 0,
+                },
+                mask,
+            )?;
         }
         for (prefix, mask) in sources {
             self.sources()
@@ -217,7 +247,10 @@ impl Policies {
             // Not on every kernel (nohz_full). The time that has passed must do then.
             tracing::debug!(%error, "no grace period to wait for");
         }
-        let (due, waiting) = known.retired.drain(..).partition(|(_, since)| is_due(since));
+        let (due, waiting) = known
+            .retired
+            .drain(..)
+            .partition(|(_, since)| is_due(since));
         known.retired = waiting;
         let due: Vec<(u32, Instant)> = due;
         for (id, _) in due {
@@ -232,10 +265,17 @@ impl Policies {
     fn remove(&self, id: u32, entries: &Entries) -> Result<(), DatapathError> {
         self.sets.remove(&id)?;
         for identity in &entries.identities {
-            self.identities.remove(&IdentityKey { set: id, identity: *identity })?;
+            self.identities.remove(&IdentityKey {
+                set: id,
+                identity: *identity,
+            })?;
         }
         for port in &entries.ports {
-            self.ports.remove(&PortKey { set: id, port: *port, pad: 0 })?;
+            self.ports.remove(&PortKey {
+                set: id,
+                port: *port,
+                pad: 0,
+            })?;
         }
         for prefix in &entries.sources {
             match self.sources().remove(&source_key(id, prefix)) {
@@ -266,6 +306,9 @@ impl Policies {
 }
 
 fn source_key(set: u32, prefix: &SourcePrefix) -> Key<SourceKey> {
-    let data = SourceKey { set: set.to_be_bytes(), addr: prefix.addr };
+    let data = SourceKey {
+        set: set.to_be_bytes(),
+        addr: prefix.addr,
+    };
     Key::new(SET_BITS + u32::from(prefix.len), data)
 }

@@ -61,18 +61,31 @@ impl Services {
                 backends.remove(&key)?;
             }
         }
-        Ok(Services { services, backends, known: Mutex::new(known) })
+        Ok(Services {
+            services,
+            backends,
+            known: Mutex::new(known),
+        })
     }
 
     fn put(&self, key: ServiceKey, backends: &[Backend]) -> Result<(), DatapathError> {
         let mut known = self.known();
         let count =
             u32::try_from(backends.len()).map_err(|_| DatapathError::Full { table: "BACKENDS" })?;
-        let service = Service { id: known.free_id(), backends: count };
+        let service = Service {
+            id: known.free_id(),
+            backends: count,
+        };
         let written = (0..)
             .zip(backends)
             .try_for_each(|(index, backend)| {
-                self.backends.put(&BackendKey { service: service.id, index }, backend)
+                self.backends.put(
+                    &BackendKey {
+                        service: service.id,
+                        index,
+                    },
+                    backend,
+                )
             })
             .and_then(|()| self.services.put(&key, &service));
         if let Err(error) = written {
@@ -97,8 +110,12 @@ impl Services {
     }
 
     fn remove_backends(&self, service: &Service) -> Result<(), DatapathError> {
-        (0..service.backends)
-            .try_for_each(|index| self.backends.remove(&BackendKey { service: service.id, index }))
+        (0..service.backends).try_for_each(|index| {
+            self.backends.remove(&BackendKey {
+                service: service.id,
+                index,
+            })
+        })
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -139,7 +156,13 @@ mod tests {
     fn ids_in_use_are_not_given_again_when_they_wrap() {
         let mut known = Known::default();
         let key = ServiceKey::new(Addr::v4([10, 0, 0, 1]), 80);
-        known.insert(key, Service { id: u32::MAX, backends: 1 });
+        known.insert(
+            key,
+            Service {
+                id: u32::MAX,
+                backends: 1,
+            },
+        );
         assert_eq!(known.free_id(), 0);
         assert_eq!(known.free_id(), 1);
         known.last_id = u32::MAX - 1;
@@ -150,9 +173,15 @@ mod tests {
     fn replaced_service_frees_its_id() {
         let mut known = Known::default();
         let key = ServiceKey::new(Addr::v4([10, 0, 0, 1]), 80);
-        let old = Service { id: known.free_id(), backends: 2 };
+        let old = Service {
+            id: known.free_id(),
+            backends: 2,
+        };
         assert_eq!(known.insert(key, old), None);
-        let new = Service { id: known.free_id(), backends: 1 };
+        let new = Service {
+            id: known.free_id(),
+            backends: 1,
+        };
         assert_eq!(known.insert(key, new), Some(old));
         assert!(!known.ids.contains(&old.id) && known.ids.contains(&new.id));
     }

@@ -16,7 +16,10 @@ impl Datapath {
         socket: AgentSocket,
     ) -> Result<RegisteredSocket<'_>, DatapathError> {
         self.agent_sockets.put(&cookie, &socket)?;
-        Ok(RegisteredSocket { datapath: self, cookie })
+        Ok(RegisteredSocket {
+            datapath: self,
+            cookie,
+        })
     }
 
     /// Takes the record of a redirected connection: where the application wanted to go
@@ -32,7 +35,11 @@ impl Datapath {
         source: SocketAddr,
         listener: SocketAddr,
     ) -> Option<OriginalDst> {
-        let flow = Flow { netns, source: endpoint(source), listener: endpoint(listener) };
+        let flow = Flow {
+            netns,
+            source: endpoint(source),
+            listener: endpoint(listener),
+        };
         let taken = self.original_destinations.get(&flow).and_then(|record| {
             if record.is_some() {
                 self.original_destinations.remove(&flow)?;
@@ -47,6 +54,11 @@ impl Datapath {
                 None
             }
         }
+    }
+
+    /// The last hops that are connected now, each with the cookie of the agent's socket.
+    pub fn last_hops(&self) -> Result<Vec<(Flow, u64)>, DatapathError> {
+        self.last_hops.entries()
     }
 }
 

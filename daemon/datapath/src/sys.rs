@@ -40,7 +40,11 @@ fn socket_option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<u64>
             &raw mut length,
         )
     };
-    if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(value)
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Waits until every eBPF program that runs now has ended (an RCU grace period).
@@ -49,7 +53,11 @@ pub(crate) fn wait_for_programs() -> io::Result<()> {
     // SAFETY: the call takes numbers only; it is `synchronize_rcu` inside
     // (kernel/sched/membarrier.c).
     let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Waits for a ring buffer on the current tokio runtime.
@@ -65,6 +73,7 @@ pub(crate) fn watch(ring: RingBuf<MapData>) -> io::Result<AsyncFd<RingBuf<MapDat
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_UPDATE: libc::c_int = 29;
+const BPF_LINK_DETACH: libc::c_int = 34;
 
 /// Opens a pinned link.
 pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
@@ -76,7 +85,11 @@ pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
         file_flags: u32,
     }
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let mut attr = Attr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
+    let mut attr = Attr {
+        pathname: path.as_ptr() as u64,
+        bpf_fd: 0,
+        file_flags: 0,
+    };
     // SAFETY: `Attr` has the layout of this command's part of the union, and the path
     // lives until the call returns.
     let fd = unsafe { bpf(BPF_OBJ_GET, &mut attr) }?;
@@ -103,6 +116,21 @@ pub(crate) fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     // SAFETY: `Attr` has the layout of this command's part of the union; both
     // descriptors are open.
     unsafe { bpf(BPF_LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+/// Detaches a link at once: closing its last reference leaves that to a kernel thread.
+pub(crate) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    /// `union bpf_attr` of `BPF_LINK_DETACH`.
+    #[repr(C)]
+    struct Attr {
+        link_fd: u32,
+    }
+    let mut attr = Attr {
+        link_fd: link.as_raw_fd().cast_unsigned(),
+    };
+    // SAFETY: `Attr` has the layout of this command's part of the union; the descriptor
+    // is open.
+    unsafe { bpf(BPF_LINK_DETACH, &mut attr) }.map(drop)
 }
 
 /// Whether the network namespace of a `sk_lookup` link still exists: the kernel
@@ -145,7 +173,17 @@ pub(crate) fn netns_link_is_alive(link: BorrowedFd<'_>) -> io::Result<bool> {
 unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_int> {
     // SAFETY: the size tells the kernel how much of the union there is; the rest is the
     // caller's contract.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as libc::c_int) }
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attr),
+            size_of::<T>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result as libc::c_int)
+    }
 }

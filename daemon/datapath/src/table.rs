@@ -18,7 +18,10 @@ pub(crate) struct Table<K: Pod, V: Pod> {
 impl<K: Pod, V: Pod> Table<K, V> {
     pub(crate) fn new(name: &'static str, map: Map) -> Result<Self, DatapathError> {
         let map = HashMap::try_from(map).map_err(|e| table_error("open", name, e))?;
-        Ok(Table { name, map: Mutex::new(map) })
+        Ok(Table {
+            name,
+            map: Mutex::new(map),
+        })
     }
 
     pub(crate) fn get(&self, key: &K) -> Result<Option<V>, DatapathError> {
@@ -30,7 +33,9 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 
     pub(crate) fn put(&self, key: &K, value: &V) -> Result<(), DatapathError> {
-        self.map().insert(key, value, 0).map_err(|e| table_error("write to", self.name, e))
+        self.map()
+            .insert(key, value, 0)
+            .map_err(|e| table_error("write to", self.name, e))
     }
 
     /// A missing entry is no error.
@@ -77,7 +82,11 @@ pub(crate) fn table_error(
 ) -> DatapathError {
     match errno(&error) {
         Some(libc::E2BIG | libc::ENOSPC) => DatapathError::Full { table },
-        _ => DatapathError::Table { action, table, source: Box::new(error) },
+        _ => DatapathError::Table {
+            action,
+            table,
+            source: Box::new(error),
+        },
     }
 }
 

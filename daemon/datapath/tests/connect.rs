@@ -6,7 +6,7 @@ mod support;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ringfence_bpf_common::{Backend, WORKLOAD_MESH, WORKLOAD_REFUSE, Workload};
-use socket2::Domain;
+use socket2::{Domain, Protocol, Socket, Type};
 use support::*;
 
 /// Connects to `asked` and checks what the application, the agent and the record say.
@@ -15,17 +15,34 @@ fn redirected(lab: &Lab, listener: IpAddr, asked: SocketAddr, backend: SocketAdd
     let before = lab.counter("redirected");
     let app = lab.pod.connect(asked).unwrap();
     let (stream, source) = agent.accept().unwrap();
-    assert_eq!(app.peer_addr().unwrap(), asked, "getpeername names what was asked for");
-    let own = if asked.ip().to_canonical().is_ipv4() { POD4 } else { POD6 };
-    assert_eq!(app.local_addr().unwrap().ip().to_canonical(), own, "getsockname is the pod's");
+    assert_eq!(
+        app.peer_addr().unwrap(),
+        asked,
+        "getpeername names what was asked for"
+    );
+    let own = if asked.ip().to_canonical().is_ipv4() {
+        POD4
+    } else {
+        POD6
+    };
+    assert_eq!(
+        app.local_addr().unwrap().ip().to_canonical(),
+        own,
+        "getsockname is the pod's"
+    );
     let local = stream.local_addr().unwrap();
-    let record = lab.datapath.take_original_destination(lab.cookie, source, local).unwrap();
+    let record = lab
+        .datapath
+        .take_original_destination(lab.cookie, source, local)
+        .unwrap();
     assert_eq!(record.asked, endpoint(asked.ip(), asked.port()));
     assert_eq!(record.backend, endpoint(backend.ip(), backend.port()));
     let cookie = ringfence_datapath::socket_cookie(std::os::fd::AsFd::as_fd(&app)).unwrap();
     assert_eq!(record.cookie, cookie);
     assert_eq!(lab.counter("redirected"), before + 1);
-    let again = lab.datapath.take_original_destination(lab.cookie, source, local);
+    let again = lab
+        .datapath
+        .take_original_destination(lab.cookie, source, local);
     assert_eq!(again, None, "a record is taken once");
 }
 
@@ -52,8 +69,13 @@ fn service_with_a_mesh_backend_is_redirected_with_the_backend_chosen() {
     }
     let lab = Lab::new();
     for (vip, backend, own) in [(VIP4, MESH4, POD4), (VIP6, MESH6, POD6)] {
-        let backends = [Backend { endpoint: endpoint(backend, 8080), flags: WORKLOAD_MESH }];
-        lab.datapath.put_service(endpoint(vip, 80), &backends).unwrap();
+        let backends = [Backend {
+            endpoint: endpoint(backend, 8080),
+            flags: WORKLOAD_MESH,
+        }];
+        lab.datapath
+            .put_service(endpoint(vip, 80), &backends)
+            .unwrap();
         redirected(&lab, own, at(vip, 80), at(backend, 8080));
     }
     redirected(&lab, POD4, at(mapped(VIP4), 80), at(MESH4, 8080));
@@ -65,9 +87,7 @@ fn destination_outside_the_mesh_is_reached_directly() {
         return;
     }
     let lab = Lab::new();
-    for (asked, listener) in
-        [(PLAIN4, PLAIN4), (PLAIN6, PLAIN6), (mapped(PLAIN4), PLAIN4)]
-    {
+    for (asked, listener) in [(PLAIN4, PLAIN4), (PLAIN6, PLAIN6), (mapped(PLAIN4), PLAIN4)] {
         let server = lab.wire.listen(at(listener, 8080));
         let app = lab.pod.connect(at(asked, 8080)).unwrap();
         let (_, source) = server.accept().unwrap();
@@ -83,12 +103,19 @@ fn service_with_a_plain_backend_is_connected_directly_and_named_as_asked() {
         return;
     }
     let lab = Lab::new();
-    for (asked, vip, backend) in
-        [(VIP4, VIP4, PLAIN4), (VIP6, VIP6, PLAIN6), (mapped(VIP4), VIP4, PLAIN4)]
-    {
+    for (asked, vip, backend) in [
+        (VIP4, VIP4, PLAIN4),
+        (VIP6, VIP6, PLAIN6),
+        (mapped(VIP4), VIP4, PLAIN4),
+    ] {
         let server = lab.wire.listen(at(backend, 8080));
-        let backends = [Backend { endpoint: endpoint(backend, 8080), flags: 0 }];
-        lab.datapath.put_service(endpoint(vip, 80), &backends).unwrap();
+        let backends = [Backend {
+            endpoint: endpoint(backend, 8080),
+            flags: 0,
+        }];
+        lab.datapath
+            .put_service(endpoint(vip, 80), &backends)
+            .unwrap();
         let app = lab.pod.connect(at(asked, 80)).unwrap();
         server.accept().unwrap();
         assert_eq!(app.peer_addr().unwrap(), at(asked, 80));
@@ -103,11 +130,17 @@ fn every_backend_of_a_service_is_chosen_sometimes() {
     }
     let lab = Lab::new();
     let servers = [8081, 8082, 8083].map(|port| lab.wire.listen(at(PLAIN4, port)));
-    let backends = [8081, 8082, 8083]
-        .map(|port| Backend { endpoint: endpoint(PLAIN4, port), flags: 0 });
-    lab.datapath.put_service(endpoint(VIP4, 80), &backends).unwrap();
+    let backends = [8081, 8082, 8083].map(|port| Backend {
+        endpoint: endpoint(PLAIN4, port),
+        flags: 0,
+    });
+    lab.datapath
+        .put_service(endpoint(VIP4, 80), &backends)
+        .unwrap();
     // A backend that is never chosen in 100 tries: probability 3 * (2/3)^100 < 10^-16.
-    let apps: Vec<_> = (0..100).map(|_| lab.pod.connect(at(VIP4, 80)).unwrap()).collect();
+    let apps: Vec<_> = (0..100)
+        .map(|_| lab.pod.connect(at(VIP4, 80)).unwrap())
+        .collect();
     for server in servers {
         server.set_nonblocking(true).unwrap();
         server.accept().expect("this backend was chosen");
@@ -121,10 +154,18 @@ fn service_follows_its_changes() {
         return;
     }
     let lab = Lab::new();
-    let (first, second) = (lab.wire.listen(at(PLAIN4, 8081)), lab.wire.listen(at(PLAIN4, 8082)));
+    let (first, second) = (
+        lab.wire.listen(at(PLAIN4, 8081)),
+        lab.wire.listen(at(PLAIN4, 8082)),
+    );
     let vip = endpoint(VIP4, 80);
-    let to = |port| Backend { endpoint: endpoint(PLAIN4, port), flags: 0 };
-    lab.datapath.put_service(vip, &[to(8081), to(8081)]).unwrap();
+    let to = |port| Backend {
+        endpoint: endpoint(PLAIN4, port),
+        flags: 0,
+    };
+    lab.datapath
+        .put_service(vip, &[to(8081), to(8081)])
+        .unwrap();
     lab.pod.connect(at(VIP4, 80)).unwrap();
     first.accept().unwrap();
     lab.datapath.put_service(vip, &[to(8082)]).unwrap();
@@ -133,7 +174,10 @@ fn service_follows_its_changes() {
     assert_eq!(lab.datapath.services().unwrap(), [vip]);
     lab.datapath.remove_service(&vip).unwrap();
     assert!(lab.datapath.services().unwrap().is_empty());
-    assert!(lab.pod.connect(at(VIP4, 80)).is_err(), "the address is nobody's now");
+    assert!(
+        lab.pod.connect(at(VIP4, 80)).is_err(),
+        "the address is nobody's now"
+    );
 }
 
 #[test]
@@ -178,15 +222,28 @@ fn agent_ports_are_refused_to_applications() {
         ] {
             let refused = errno(lab.pod.connect(at(address, port)));
             assert_eq!(refused, libc::EPERM, "{address} port {port}");
-            assert_eq!(lab.counter("agent_port_refused"), before + 1, "{address} port {port}");
+            assert_eq!(
+                lab.counter("agent_port_refused"),
+                before + 1,
+                "{address} port {port}"
+            );
             before += 1;
         }
         // The port alone is no reason.
         lab.pod.connect(at(PLAIN4, port)).unwrap();
     }
-    let backends = [Backend { endpoint: endpoint(MESH4, INBOUND), flags: WORKLOAD_MESH }];
-    lab.datapath.put_service(endpoint(VIP4, 80), &backends).unwrap();
-    assert_eq!(errno(lab.pod.connect(at(VIP4, 80))), libc::EPERM, "behind a service");
+    let backends = [Backend {
+        endpoint: endpoint(MESH4, INBOUND),
+        flags: WORKLOAD_MESH,
+    }];
+    lab.datapath
+        .put_service(endpoint(VIP4, 80), &backends)
+        .unwrap();
+    assert_eq!(
+        errno(lab.pod.connect(at(VIP4, 80))),
+        libc::EPERM,
+        "behind a service"
+    );
 }
 
 #[test]
@@ -196,10 +253,22 @@ fn pod_reaches_itself_without_the_agent() {
     }
     let lab = Lab::new();
     // Its own workload is in the mesh, as every pod's is.
-    lab.datapath.put_workload(POD4.into(), Workload { flags: WORKLOAD_MESH }).unwrap();
+    lab.datapath
+        .put_workload(
+            POD4.into(),
+            Workload {
+                flags: WORKLOAD_MESH,
+            },
+        )
+        .unwrap();
     let server = lab.pod.listen(at(Ipv6Addr::UNSPECIFIED.into(), 8080));
-    let backends = [Backend { endpoint: endpoint(POD4, 8080), flags: WORKLOAD_MESH }];
-    lab.datapath.put_service(endpoint(VIP4, 80), &backends).unwrap();
+    let backends = [Backend {
+        endpoint: endpoint(POD4, 8080),
+        flags: WORKLOAD_MESH,
+    }];
+    lab.datapath
+        .put_service(endpoint(VIP4, 80), &backends)
+        .unwrap();
     for to in [
         at(POD4, 8080),
         at(POD6, 8080),
@@ -220,12 +289,28 @@ fn namespace_that_is_not_enrolled_is_untouched() {
         return;
     }
     let lab = Lab::bare();
-    lab.datapath.put_workload(MESH4.into(), Workload { flags: WORKLOAD_MESH }).unwrap();
+    lab.datapath
+        .put_workload(
+            MESH4.into(),
+            Workload {
+                flags: WORKLOAD_MESH,
+            },
+        )
+        .unwrap();
     let server = lab.wire.listen(at(MESH4, 8080));
     let app = lab.pod.connect(at(MESH4, 8080)).unwrap();
     let (_, source) = server.accept().unwrap();
-    assert_eq!((app.peer_addr().unwrap(), source.ip()), (at(MESH4, 8080), POD4));
-    assert!(lab.datapath.counters().unwrap().iter().all(|(_, count)| *count == 0));
+    assert_eq!(
+        (app.peer_addr().unwrap(), source.ip()),
+        (at(MESH4, 8080), POD4)
+    );
+    assert!(
+        lab.datapath
+            .counters()
+            .unwrap()
+            .iter()
+            .all(|(_, count)| *count == 0)
+    );
 }
 
 #[test]
@@ -235,7 +320,10 @@ fn withdrawn_namespace_is_untouched_again() {
     }
     let lab = Lab::new();
     let server = lab.wire.listen(at(MESH4, 8080));
-    assert!(lab.pod.connect(at(MESH4, 8080)).is_err(), "redirected to nobody");
+    assert!(
+        lab.pod.connect(at(MESH4, 8080)).is_err(),
+        "redirected to nobody"
+    );
     lab.datapath.withdraw(lab.cookie).unwrap();
     assert!(lab.datapath.pods().unwrap().is_empty());
     lab.pod.connect(at(MESH4, 8080)).unwrap();
@@ -248,7 +336,10 @@ fn held_pod_reaches_itself_alone() {
         return;
     }
     let lab = Lab::new();
-    let held = ringfence_bpf_common::Pod { flags: 0, ..lab.entry() };
+    let held = ringfence_bpf_common::Pod {
+        flags: 0,
+        ..lab.entry()
+    };
     lab.datapath.update_pod(lab.cookie, &held).unwrap();
     let _server = lab.wire.listen(at(PLAIN4, 8080));
     let _own = lab.pod.listen(at(POD4, 8080));
@@ -273,13 +364,55 @@ fn what_cannot_be_tunnelled_is_refused_and_never_plain() {
     let refused = lab.pod.run(|| bound.connect(&at(MESH4, 8080).into()));
     assert_eq!(errno(refused), libc::EPERM);
     // A workload that must not be connected to.
-    lab.datapath.put_workload(MESH4.into(), Workload { flags: WORKLOAD_REFUSE }).unwrap();
+    lab.datapath
+        .put_workload(
+            MESH4.into(),
+            Workload {
+                flags: WORKLOAD_REFUSE,
+            },
+        )
+        .unwrap();
     assert_eq!(errno(lab.pod.connect(at(MESH4, 8080))), libc::EPERM);
-    let backends =
-        [Backend { endpoint: endpoint(MESH4, 8080), flags: WORKLOAD_MESH | WORKLOAD_REFUSE }];
-    lab.datapath.put_service(endpoint(VIP4, 80), &backends).unwrap();
+    let backends = [Backend {
+        endpoint: endpoint(MESH4, 8080),
+        flags: WORKLOAD_MESH | WORKLOAD_REFUSE,
+    }];
+    lab.datapath
+        .put_service(endpoint(VIP4, 80), &backends)
+        .unwrap();
     assert_eq!(errno(lab.pod.connect(at(VIP4, 80))), libc::EPERM);
     assert_eq!(lab.counter("refused"), 3);
+    assert!(server.accept().is_err(), "nothing arrived");
+}
+
+#[test]
+fn multipath_tcp_towards_the_mesh_never_goes_out_in_plaintext() {
+    if !can_run("multipath_tcp_towards_the_mesh_never_goes_out_in_plaintext") {
+        return;
+    }
+    const IPPROTO_MPTCP: i32 = 262;
+    let lab = Lab::new();
+    let server = lab.wire.listen(at(MESH4, 8080));
+    server.set_nonblocking(true).unwrap();
+    let socket = lab.pod.run(|| {
+        Socket::new(
+            Domain::IPV4,
+            Type::STREAM,
+            Some(Protocol::from(IPPROTO_MPTCP)),
+        )
+    });
+    let Ok(socket) = socket else {
+        eprintln!("SKIPPED: this kernel has no MPTCP");
+        return;
+    };
+    let outcome = lab
+        .pod
+        .run(|| socket.connect_timeout(&at(MESH4, 8080).into(), std::time::Duration::from_secs(3)));
+    // Nobody listens on the agent's port. Linux shows the program the first subflow, a
+    // TCP socket, which is redirected like any other.
+    assert!(outcome.is_err());
+    assert_eq!(lab.counter("redirected") + lab.counter("refused"), 1);
+    assert_eq!(lab.counter("direct"), 0);
     assert!(server.accept().is_err(), "nothing arrived");
 }
 
@@ -294,6 +427,8 @@ fn second_connect_of_a_socket_forgets_the_first() {
     let refused = lab.pod.run(|| socket.connect(&at(MESH4, 80).into()));
     assert_eq!(errno(refused), libc::ECONNREFUSED);
     let _server = lab.wire.listen(at(PLAIN4, 8080));
-    lab.pod.run(|| socket.connect(&at(PLAIN4, 8080).into())).unwrap();
+    lab.pod
+        .run(|| socket.connect(&at(PLAIN4, 8080).into()))
+        .unwrap();
     assert_eq!(socket.peer_addr().unwrap(), at(PLAIN4, 8080).into());
 }

@@ -16,7 +16,10 @@ fn restarted_agent_takes_over_what_is_pinned() {
     }
     let mut lab = Lab::new();
     let vip = endpoint(VIP4, 80);
-    let backend = |port| Backend { endpoint: endpoint(PLAIN4, port), flags: 0 };
+    let backend = |port| Backend {
+        endpoint: endpoint(PLAIN4, port),
+        flags: 0,
+    };
     lab.datapath.put_service(vip, &[backend(8080)]).unwrap();
     let agent = lab.agent(POD4);
     let server = lab.wire.listen(at(PLAIN4, 8080));
@@ -27,8 +30,14 @@ fn restarted_agent_takes_over_what_is_pinned() {
         lab.enrol();
     }
     let (_, source) = agent.accept().unwrap();
-    let record = lab.datapath.take_original_destination(lab.cookie, source, at(POD4, OUTBOUND));
-    assert_eq!(record.unwrap().asked, endpoint(MESH4, 80), "made before the restart");
+    let record = lab
+        .datapath
+        .take_original_destination(lab.cookie, source, at(POD4, OUTBOUND));
+    assert_eq!(
+        record.unwrap().asked,
+        endpoint(MESH4, 80),
+        "made before the restart"
+    );
     assert_eq!(waiting.peer_addr().unwrap(), at(MESH4, 80));
 
     assert_eq!(lab.datapath.pods().unwrap(), [lab.cookie]);
@@ -37,13 +46,19 @@ fn restarted_agent_takes_over_what_is_pinned() {
     assert_eq!(lab.datapath.policy_sets().unwrap(), [SET]);
     let mut workloads = lab.datapath.workloads().unwrap();
     workloads.sort_by_key(|(addr, _)| *addr);
-    assert!(workloads.iter().all(|(_, workload)| workload.flags == WORKLOAD_MESH));
+    assert!(
+        workloads
+            .iter()
+            .all(|(_, workload)| workload.flags == WORKLOAD_MESH)
+    );
     assert_eq!(workloads.len(), 2);
 
     // One program decides, not two in a row.
     let app = lab.pod.connect(at(MESH4, 80)).unwrap();
     let (_, source) = agent.accept().unwrap();
-    let record = lab.datapath.take_original_destination(lab.cookie, source, at(POD4, OUTBOUND));
+    let record = lab
+        .datapath
+        .take_original_destination(lab.cookie, source, at(POD4, OUTBOUND));
     assert_eq!(record.unwrap().asked, endpoint(MESH4, 80));
     drop(app);
     lab.pod.connect(at(VIP4, 80)).unwrap();
@@ -62,13 +77,20 @@ fn enforcement_goes_on_without_an_agent() {
         return;
     }
     let lab = Lab::new();
-    let set = PolicySet { flags: SET_STRICT, ..Default::default() };
+    let set = PolicySet {
+        flags: SET_STRICT,
+        ..Default::default()
+    };
     lab.install(&set, &[(0, Mask::NONE)]);
     let Lab { ref datapath, .. } = lab;
     // Dropping the handle is what the death of the process does to the descriptors.
     let _ = datapath;
     let pin_dir = lab.pin_dir().clone();
-    let second = Datapath::load(Options { pin_dir, cgroup: None }).unwrap();
+    let second = Datapath::load(Options {
+        pin_dir,
+        cgroup: None,
+    })
+    .unwrap();
     drop(second);
     let _agent = lab.agent(POD4);
     let _server = lab.pod.listen(at(POD4, 8080));
@@ -85,7 +107,13 @@ fn removal_leaves_nothing() {
     let lab = Lab::new();
     let server = lab.wire.listen(at(MESH4, 8080));
     let own = lab.pod.listen(at(POD4, 8080));
-    lab.install(&PolicySet { flags: SET_STRICT, ..Default::default() }, &[]);
+    lab.install(
+        &PolicySet {
+            flags: SET_STRICT,
+            ..Default::default()
+        },
+        &[],
+    );
     assert!(lab.pod.connect(at(MESH4, 8080)).is_err());
     assert!(lab.wire.connect(at(POD4, 8080)).is_err());
     ringfence_datapath::remove(lab.pin_dir()).unwrap();
@@ -102,7 +130,10 @@ fn pod_whose_namespace_ended_is_collected() {
         return;
     }
     let mut lab = Lab::new();
-    assert!(lab.datapath.collect_dead_pods().unwrap().is_empty(), "it lives");
+    assert!(
+        lab.datapath.collect_dead_pods().unwrap().is_empty(),
+        "it lives"
+    );
     lab.pod = Netns::new();
     // The kernel takes namespaces down on a queue of its own: ask until it has.
     let collected = (0..1000).any(|_| {
@@ -124,8 +155,14 @@ fn another_layout_is_not_taken_over() {
     }
     let lab = Lab::new();
     fs::create_dir(lab.pin_dir().join("v4000000000")).unwrap();
-    let options = Options { pin_dir: lab.pin_dir().clone(), cgroup: None };
-    assert!(matches!(Datapath::load(options), Err(DatapathError::OtherLayout { .. })));
+    let options = Options {
+        pin_dir: lab.pin_dir().clone(),
+        cgroup: None,
+    };
+    assert!(matches!(
+        Datapath::load(options),
+        Err(DatapathError::OtherLayout { .. })
+    ));
 }
 
 #[test]
@@ -133,8 +170,14 @@ fn folder_that_is_no_bpf_file_system_is_refused() {
     if !can_run("folder_that_is_no_bpf_file_system_is_refused") {
         return;
     }
-    let options = Options { pin_dir: Path::new("/tmp/ringfence-nowhere").into(), cgroup: None };
-    assert!(matches!(Datapath::load(options), Err(DatapathError::NoBpfFs { .. })));
+    let options = Options {
+        pin_dir: Path::new("/tmp/ringfence-nowhere").into(),
+        cgroup: None,
+    };
+    assert!(matches!(
+        Datapath::load(options),
+        Err(DatapathError::NoBpfFs { .. })
+    ));
     assert!(!Path::new("/tmp/ringfence-nowhere").exists());
 }
 
@@ -146,14 +189,23 @@ fn retired_policy_set_disappears() {
     let lab = Lab::new();
     for set in 100..200 {
         let set_entries = [(1, Mask::ALL)];
-        lab.datapath.install_set(set, &PolicySet::default(), &set_entries, &[], &[(1, Mask::ALL)]).unwrap();
+        lab.datapath
+            .install_set(
+                set,
+                &PolicySet::default(),
+                &set_entries,
+                &[],
+                &[(1, Mask::ALL)],
+            )
+            .unwrap();
         lab.datapath.remove_set(set).unwrap();
     }
     let left = lab.datapath.policy_sets().unwrap();
     assert!(left.len() < 70, "{} sets are left", left.len());
     assert!(left.contains(&SET));
     assert!(matches!(
-        lab.datapath.install_set(0, &PolicySet::default(), &[], &[], &[]),
+        lab.datapath
+            .install_set(0, &PolicySet::default(), &[], &[], &[]),
         Err(DatapathError::ReservedSet)
     ));
 }

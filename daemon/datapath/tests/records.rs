@@ -30,7 +30,8 @@ fn record_of_a_refused_connect_is_removed() {
     let refused = lab.pod.run(|| socket.connect(&at(MESH4, 80).into()));
     assert_eq!(errno(refused), libc::ECONNREFUSED);
     let record =
-        lab.datapath.take_original_destination(lab.cookie, at(POD4, 40001), at(POD4, OUTBOUND));
+        lab.datapath
+            .take_original_destination(lab.cookie, at(POD4, 40001), at(POD4, OUTBOUND));
     assert_eq!(record, None);
 }
 
@@ -42,11 +43,14 @@ fn record_of_an_aborted_connection_is_removed() {
     let lab = Lab::new();
     let _agent = lab.agent(POD4);
     let socket = bound(&lab, 40001);
-    lab.pod.run(|| socket.connect(&at(MESH4, 80).into())).unwrap();
+    lab.pod
+        .run(|| socket.connect(&at(MESH4, 80).into()))
+        .unwrap();
     socket.set_linger(Some(Duration::ZERO)).unwrap();
     drop(socket);
     let record =
-        lab.datapath.take_original_destination(lab.cookie, at(POD4, 40001), at(POD4, OUTBOUND));
+        lab.datapath
+            .take_original_destination(lab.cookie, at(POD4, 40001), at(POD4, OUTBOUND));
     assert_eq!(record, None);
 }
 
@@ -65,8 +69,51 @@ fn closed_connection_in_the_backlog_keeps_its_record() {
     stream.read_to_string(&mut received).unwrap();
     assert_eq!(received, "sent before the agent accepted");
     let local = stream.local_addr().unwrap();
-    let record = lab.datapath.take_original_destination(lab.cookie, source, local).unwrap();
+    let record = lab
+        .datapath
+        .take_original_destination(lab.cookie, source, local)
+        .unwrap();
     assert_eq!(record.asked, endpoint(MESH4, 80));
+}
+
+#[test]
+fn record_that_two_connections_claim_serves_neither() {
+    if !can_run("record_that_two_connections_claim_serves_neither") {
+        return;
+    }
+    let lab = Lab::new();
+    let agent = lab.agent(POD4);
+    // The first ends in the backlog, and its port is free again while the agent sleeps.
+    lab.pod
+        .run(|| std::fs::write("/proc/sys/net/ipv4/tcp_fin_timeout", "1"))
+        .unwrap();
+    let first = bound(&lab, 40001);
+    lab.pod
+        .run(|| first.connect(&at(MESH4, 80).into()))
+        .unwrap();
+    drop(first);
+    let _second = (0..200)
+        .find_map(|_| {
+            let second = bound(&lab, 40001);
+            second.set_nonblocking(true).unwrap();
+            match errno(lab.pod.run(|| second.connect(&at(MESH4, 81).into()))) {
+                libc::EINPROGRESS => Some(second),
+                // The kernel tells nobody when it drops a socket in FIN_WAIT2: ask again.
+                libc::EADDRNOTAVAIL => {
+                    std::thread::park_timeout(Duration::from_millis(50));
+                    None
+                }
+                other => panic!("errno {other}"),
+            }
+        })
+        .expect("the port is free again");
+    let (_stream, source) = agent.accept().unwrap();
+    assert_eq!(source, at(POD4, 40001));
+    let record = lab
+        .datapath
+        .take_original_destination(lab.cookie, source, at(POD4, OUTBOUND));
+    assert_eq!(record, None, "which of the two it is for, nobody can say");
+    assert_eq!(lab.counter("no_room"), 1);
 }
 
 #[test]
@@ -77,7 +124,11 @@ fn unknown_connection_has_no_record() {
     let lab = Lab::new();
     let source: SocketAddr = at(POD4, 4242);
     let listener = at(POD4, OUTBOUND);
-    assert_eq!(lab.datapath.take_original_destination(lab.cookie, source, listener), None);
+    assert_eq!(
+        lab.datapath
+            .take_original_destination(lab.cookie, source, listener),
+        None
+    );
 }
 
 #[test]
@@ -92,7 +143,9 @@ fn many_connections_in_the_backlog_keep_their_own_records() {
         socket.listen(4096).unwrap();
         socket
     });
-    lab.pod.run(|| std::fs::write("/proc/sys/net/core/somaxconn", "4096")).unwrap();
+    lab.pod
+        .run(|| std::fs::write("/proc/sys/net/core/somaxconn", "4096"))
+        .unwrap();
     lab.pod.run(|| agent.listen(4096)).unwrap();
     let apps: Vec<_> = (1..=1000)
         .map(|port| lab.pod.connect(at(MESH4, port)).unwrap())
@@ -105,7 +158,10 @@ fn many_connections_in_the_backlog_keep_their_own_records() {
             .take_original_destination(lab.cookie, source, at(POD4, OUTBOUND))
             .expect("a record");
         // The backlog is a queue: they come in order.
-        assert_eq!(record.asked, endpoint(MESH4, app.peer_addr().unwrap().port()));
+        assert_eq!(
+            record.asked,
+            endpoint(MESH4, app.peer_addr().unwrap().port())
+        );
     }
     assert_eq!(lab.counter("no_room"), 0);
 }

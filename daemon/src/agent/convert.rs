@@ -9,14 +9,16 @@ use ringfence_xds::proto::security as wire;
 use ringfence_xds::proto::security::string_match::MatchType;
 
 /// Converts one policy.
-pub fn policy(wire: &wire::Authorization) -> Result<Policy, RejectedPolicy> {
+pub fn policy(wire: &wire::Authorization) -> Result<Policy, Box<RejectedPolicy>> {
     let name = PolicyName::new(&wire.namespace, &wire.name);
     let scope = Scope::from_wire(wire.scope);
-    let rejected = |error: PolicyError| RejectedPolicy {
-        name: name.clone(),
-        scope: scope.clone().ok(),
-        dry_run: wire.dry_run,
-        error,
+    let rejected = |error: PolicyError| {
+        Box::new(RejectedPolicy {
+            name: name.clone(),
+            scope: scope.clone().ok(),
+            dry_run: wire.dry_run,
+            error,
+        })
     };
     let build = || -> Result<Policy, PolicyError> {
         let rules = wire.rules.iter().enumerate().map(|(r, rule)| {
@@ -25,9 +27,13 @@ pub fn policy(wire: &wire::Authorization) -> Result<Policy, RejectedPolicy> {
                     let path = format!("rules[{r}].clauses[{c}].matches[{m}]");
                     convert_match(one, &name, &path)
                 });
-                Ok(Clause { matches: matches.collect::<Result<_, PolicyError>>()? })
+                Ok(Clause {
+                    matches: matches.collect::<Result<_, PolicyError>>()?,
+                })
             });
-            Ok(Rule { clauses: clauses.collect::<Result<_, PolicyError>>()? })
+            Ok(Rule {
+                clauses: clauses.collect::<Result<_, PolicyError>>()?,
+            })
         });
         Ok(Policy {
             scope: scope.clone().map_err(|e| e.at(&name, "scope"))?,
@@ -40,7 +46,11 @@ pub fn policy(wire: &wire::Authorization) -> Result<Policy, RejectedPolicy> {
     build().map_err(rejected)
 }
 
-fn convert_match(wire: &wire::Match, policy: &PolicyName, path: &str) -> Result<Match, PolicyError> {
+fn convert_match(
+    wire: &wire::Match,
+    policy: &PolicyName,
+    path: &str,
+) -> Result<Match, PolicyError> {
     let field = Field { policy, path };
     Ok(Match {
         namespaces: field.list("namespaces", &wire.namespaces, string)?,
@@ -48,13 +58,22 @@ fn convert_match(wire: &wire::Match, policy: &PolicyName, path: &str) -> Result<
         principals: field.list("principals", &wire.principals, string)?,
         not_principals: field.list("not_principals", &wire.not_principals, string)?,
         service_accounts: field.list("service_accounts", &wire.service_accounts, account)?,
-        not_service_accounts: field.list("not_service_accounts", &wire.not_service_accounts, account)?,
+        not_service_accounts: field.list(
+            "not_service_accounts",
+            &wire.not_service_accounts,
+            account,
+        )?,
         source_ips: field.list("source_ips", &wire.source_ips, cidr)?,
         not_source_ips: field.list("not_source_ips", &wire.not_source_ips, cidr)?,
         destination_ips: field.list("destination_ips", &wire.destination_ips, cidr)?,
         not_destination_ips: field.list("not_destination_ips", &wire.not_destination_ips, cidr)?,
-        destination_ports: field.list("destination_ports", &wire.destination_ports, |p| port(*p))?,
-        not_destination_ports: field.list("not_destination_ports", &wire.not_destination_ports, |p| port(*p))?,
+        destination_ports: field
+            .list("destination_ports", &wire.destination_ports, |p| port(*p))?,
+        not_destination_ports: field.list(
+            "not_destination_ports",
+            &wire.not_destination_ports,
+            |p| port(*p),
+        )?,
     })
 }
 
@@ -72,7 +91,11 @@ impl Field<'_> {
         convert: impl Fn(&W) -> Result<T, ValueError>,
     ) -> Result<Vec<T>, PolicyError> {
         let at = |i: usize| format!("{}.{name}[{i}]", self.path);
-        values.iter().enumerate().map(|(i, v)| convert(v).map_err(|e| e.at(self.policy, at(i)))).collect()
+        values
+            .iter()
+            .enumerate()
+            .map(|(i, v)| convert(v).map_err(|e| e.at(self.policy, at(i))))
+            .collect()
     }
 }
 
@@ -103,7 +126,9 @@ mod tests {
         wire::Authorization {
             name: "p".into(),
             namespace: "demo".into(),
-            rules: vec![wire::Rule { clauses: vec![wire::Clause { matches: vec![one] }] }],
+            rules: vec![wire::Rule {
+                clauses: vec![wire::Clause { matches: vec![one] }],
+            }],
             ..Default::default()
         }
     }
@@ -111,7 +136,10 @@ mod tests {
     #[test]
     fn good_policy_keeps_every_value() {
         let one = wire::Match {
-            source_ips: vec![wire::Address { address: vec![10, 0, 0, 0], length: 8 }],
+            source_ips: vec![wire::Address {
+                address: vec![10, 0, 0, 0],
+                length: 8,
+            }],
             destination_ports: vec![80, 65535],
             ..Default::default()
         };
@@ -124,16 +152,27 @@ mod tests {
     #[test]
     fn cidr_that_does_not_parse_rejects_the_policy_and_says_where() {
         let one = wire::Match {
-            source_ips: vec![wire::Address { address: vec![10, 0, 0], length: 8 }],
+            source_ips: vec![wire::Address {
+                address: vec![10, 0, 0],
+                length: 8,
+            }],
             ..Default::default()
         };
         let rejected = policy(&with(one)).unwrap_err();
-        assert!(rejected.error.to_string().contains("rules[0].clauses[0].matches[0].source_ips[0]"));
+        assert!(
+            rejected
+                .error
+                .to_string()
+                .contains("rules[0].clauses[0].matches[0].source_ips[0]")
+        );
     }
 
     #[test]
     fn port_is_not_cut_to_16_bits() {
-        let one = wire::Match { destination_ports: vec![65616], ..Default::default() };
+        let one = wire::Match {
+            destination_ports: vec![65616],
+            ..Default::default()
+        };
         assert!(policy(&with(one)).is_err());
     }
 }

@@ -12,8 +12,8 @@ use tokio::net::TcpStream;
 use super::pods::{Pod, is_agent_port};
 use super::sockets::{self, ConnectError};
 use super::streams::{Direction, Stream};
-use crate::status;
 use super::{Agent, TUNNEL_ALPN};
+use crate::status;
 
 /// How long a tunnel may wait for its next stream. The client gives up first (see
 /// `pool`), so that it never sends a stream into a tunnel that is being closed.
@@ -115,7 +115,12 @@ async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, mut tunnel: Tunnel) {
 }
 
 /// Checks what the peer asks for and connects to the application.
-async fn last_hop(agent: &Agent, pod: &Pod, tunnel: &Tunnel, open: &Open) -> Result<TcpStream, RefuseReason> {
+async fn last_hop(
+    agent: &Agent,
+    pod: &Pod,
+    tunnel: &Tunnel,
+    open: &Open,
+) -> Result<TcpStream, RefuseReason> {
     // A tunnel outlives the handshake; the certificate it was made with must not.
     if tunnel.peer().not_after() < status::now().cast_signed() {
         return Err(RefuseReason::CertificateExpired);
@@ -133,11 +138,15 @@ async fn last_hop(agent: &Agent, pod: &Pod, tunnel: &Tunnel, open: &Open) -> Res
         return Err(RefuseReason::SourceForged);
     }
 
-    let identity = agent.identities.number(tunnel.peer().id()).map_err(|error| {
-        tracing::warn!(%error, "a verified identity has no number: refused");
-        RefuseReason::PolicyDenied
-    })?;
-    let connect = || sockets::start_last_hop(&agent.datapath, &pod.netns, identity, client, destination);
+    let identity = agent
+        .identities
+        .number(tunnel.peer().id())
+        .map_err(|error| {
+            tracing::warn!(%error, "a verified identity has no number: refused");
+            RefuseReason::PolicyDenied
+        })?;
+    let connect =
+        || sockets::start_last_hop(&agent.datapath, &pod.netns, identity, client, destination);
     let started = pod
         .policy
         .with_identity(&agent.identities, &agent.datapath, identity, connect)
@@ -158,10 +167,15 @@ async fn last_hop(agent: &Agent, pod: &Pod, tunnel: &Tunnel, open: &Open) -> Res
             RefuseReason::Internal
         }
     };
-    sockets::finish(started.map_err(refused)?).await.map_err(refused)
+    sockets::finish(started.map_err(refused)?)
+        .await
+        .map_err(refused)
 }
 
 /// Whether the peer may speak for `client`: CIDR policy would be forgeable otherwise.
 fn is_address_of(agent: &Agent, client: IpAddr, tunnel: &Tunnel) -> bool {
-    agent.mesh().by_address(client).is_some_and(|w| w.identity.spiffe_id() == tunnel.peer().id())
+    agent
+        .mesh()
+        .by_address(client)
+        .is_some_and(|w| w.identity.spiffe_id() == tunnel.peer().id())
 }

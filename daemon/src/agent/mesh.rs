@@ -146,7 +146,8 @@ impl Service {
             subject_alt_names: wire.subject_alt_names,
             waypoint: wire.waypoint.is_some(),
             passthrough: balancing.mode == wire::load_balancing::Mode::Passthrough as i32,
-            any_health: balancing.health_policy == wire::load_balancing::HealthPolicy::AllowAll as i32,
+            any_health: balancing.health_policy
+                == wire::load_balancing::HealthPolicy::AllowAll as i32,
             key,
         })
     }
@@ -161,7 +162,9 @@ pub fn ip(bytes: &[u8]) -> Option<IpAddr> {
     if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
         return Some(IpAddr::from(v4));
     }
-    <[u8; 16]>::try_from(bytes).ok().map(|v6| IpAddr::from(v6).to_canonical())
+    <[u8; 16]>::try_from(bytes)
+        .ok()
+        .map(|v6| IpAddr::from(v6).to_canonical())
 }
 
 fn not_an_address(bytes: &[u8]) -> String {
@@ -174,7 +177,10 @@ fn port_list(ports: &[wire::Port]) -> Result<Vec<(u16, u16)>, String> {
         Err(_) => Err(format!("{n} is not a port (0 to 65535)")),
     };
     // A target port of 0 is Istio's way to say that each workload names its own.
-    ports.iter().map(|p| Ok((port(p.service_port)?, port(p.target_port)?))).collect()
+    ports
+        .iter()
+        .map(|p| Ok((port(p.service_port)?, port(p.target_port)?)))
+        .collect()
 }
 
 /// Everything the control plane said that was usable.
@@ -209,7 +215,9 @@ impl Mesh {
 
     /// Forgets a workload.
     pub fn remove_workload(&mut self, uid: &str) {
-        let Some(old) = self.workloads.remove(uid) else { return };
+        let Some(old) = self.workloads.remove(uid) else {
+            return;
+        };
         for address in &old.addresses {
             // A newer pod may have taken the address over.
             if self.by_address.get(address).is_some_and(|w| w.uid == uid) {
@@ -225,20 +233,31 @@ impl Mesh {
 
     /// Every address with its workload.
     pub fn addresses(&self) -> impl Iterator<Item = (IpAddr, &Arc<Workload>)> {
-        self.by_address.iter().map(|(address, workload)| (*address, workload))
+        self.by_address
+            .iter()
+            .map(|(address, workload)| (*address, workload))
     }
 
     /// The workload of a pod.
     pub fn by_name(&self, namespace: &str, name: &str) -> Option<&Arc<Workload>> {
-        self.workloads.values().find(|w| w.namespace == namespace && w.name == name)
+        self.workloads
+            .values()
+            .find(|w| w.namespace == namespace && w.name == name)
     }
 
     /// The identities that a peer at `address` may have.
     pub fn expected_identities(&self, workload: &Workload) -> BTreeSet<SpiffeId> {
         let mut ids = BTreeSet::from([workload.identity.spiffe_id().clone()]);
         for key in workload.services.keys() {
-            let Some(service) = self.services.get(key) else { continue };
-            ids.extend(service.subject_alt_names.iter().filter_map(|san| SpiffeId::parse(san).ok()));
+            let Some(service) = self.services.get(key) else {
+                continue;
+            };
+            ids.extend(
+                service
+                    .subject_alt_names
+                    .iter()
+                    .filter_map(|san| SpiffeId::parse(san).ok()),
+            );
         }
         ids
     }
@@ -263,31 +282,50 @@ mod tests {
     #[test]
     fn empty_fields_get_istios_defaults() {
         let workload = Workload::from_wire(wire("u", &[10, 0, 0, 1])).unwrap();
-        assert_eq!(workload.identity.spiffe_id().to_string(), "spiffe://cluster.local/ns/demo/sa/default");
+        assert_eq!(
+            workload.identity.spiffe_id().to_string(),
+            "spiffe://cluster.local/ns/demo/sa/default"
+        );
         assert_eq!(workload.reach, Reach::Mesh);
     }
 
     #[test]
     fn address_of_five_bytes_is_refused_by_name() {
-        let error = Workload::from_wire(wire("u", &[1, 2, 3, 4, 5])).unwrap_err().to_string();
-        assert!(error.contains("workload u") && error.contains("5 bytes"), "{error}");
+        let error = Workload::from_wire(wire("u", &[1, 2, 3, 4, 5]))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("workload u") && error.contains("5 bytes"),
+            "{error}"
+        );
     }
 
     #[test]
     fn waypoint_is_refused_and_never_bypassed() {
         let mut w = wire("u", &[10, 0, 0, 1]);
         w.waypoint = Some(wire::GatewayAddress::default());
-        assert!(matches!(Workload::from_wire(w).unwrap().reach, Reach::Refused(_)));
+        assert!(matches!(
+            Workload::from_wire(w).unwrap().reach,
+            Reach::Refused(_)
+        ));
     }
 
     #[test]
     fn port_above_16_bits_is_refused_and_not_cut() {
         let service = wire::Service {
             hostname: "web".into(),
-            ports: vec![wire::Port { service_port: 65616, target_port: 80 }],
+            ports: vec![wire::Port {
+                service_port: 65616,
+                target_port: 80,
+            }],
             ..Default::default()
         };
-        assert!(Service::from_wire(service).unwrap_err().to_string().contains("65616"));
+        assert!(
+            Service::from_wire(service)
+                .unwrap_err()
+                .to_string()
+                .contains("65616")
+        );
     }
 
     #[test]

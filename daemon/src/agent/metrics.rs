@@ -42,11 +42,16 @@ impl Default for Metrics {
             registry.register(name, help, counter.clone());
             counter
         };
-        let outbound_accepted = counter("outbound_accepted", "Connections taken over from enrolled pods");
-        let inbound_accepted = counter("inbound_accepted", "Tunnel connections accepted from peers");
+        let outbound_accepted = counter(
+            "outbound_accepted",
+            "Connections taken over from enrolled pods",
+        );
+        let inbound_accepted =
+            counter("inbound_accepted", "Tunnel connections accepted from peers");
         let handshakes = counter("handshakes", "TLS handshakes completed");
         let tunnels_reused = counter("tunnels_reused", "Streams that needed no handshake");
-        let rejected_resources = counter("rejected_resources", "xDS resources refused as malformed");
+        let rejected_resources =
+            counter("rejected_resources", "xDS resources refused as malformed");
         let mut family = |name: &str, help: &str| {
             let family = Reasons::default();
             registry.register(name, help, family.clone());
@@ -54,8 +59,14 @@ impl Default for Metrics {
         };
         let streams = family("streams", "Streams opened, by direction");
         let stream_ends = family("stream_ends", "Streams ended, by how they ended");
-        let refused = family("refused", "Connections refused before they became a stream, by reason");
-        let handshake_failures = family("handshake_failures", "TLS handshakes that failed, by reason");
+        let refused = family(
+            "refused",
+            "Connections refused before they became a stream, by reason",
+        );
+        let handshake_failures = family(
+            "handshake_failures",
+            "TLS handshakes that failed, by reason",
+        );
         Metrics {
             registry,
             outbound_accepted,
@@ -74,7 +85,9 @@ impl Default for Metrics {
 impl Metrics {
     /// A stream began.
     pub fn stream_opened(&self, direction: &'static str) {
-        self.streams.get_or_create(&[("direction", direction)]).inc();
+        self.streams
+            .get_or_create(&[("direction", direction)])
+            .inc();
     }
 
     /// A stream ended.
@@ -89,7 +102,9 @@ impl Metrics {
 
     /// A handshake failed.
     pub fn handshake_failed(&self, reason: &'static str) {
-        self.handshake_failures.get_or_create(&[("reason", reason)]).inc();
+        self.handshake_failures
+            .get_or_create(&[("reason", reason)])
+            .inc();
     }
 
     /// OpenMetrics text.

@@ -27,7 +27,9 @@ use ktls_offload::{KernelSuites, RecordLayer, SoftwareReason, Tunnel, TunnelConf
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use ringfence_bpf_common::Reason;
 use ringfence_datapath::{Datapath, Options};
-use ringfence_identity::{CaClient, CaClientConfig, ManagerConfig, SvidManager, SvidState, SvidStatus, TrustBundles};
+use ringfence_identity::{
+    CaClient, CaClientConfig, ManagerConfig, SvidManager, SvidState, SvidStatus, TrustBundles,
+};
 use ringfence_xds::{AdsClient, ClientConfig, ConnectionState, NodeInfo};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch as state};
@@ -111,8 +113,13 @@ impl Agent {
 
     /// Relays a stream until it ends; the tunnel comes back when it can serve another.
     async fn relay(&self, app: TcpStream, tunnel: Tunnel, stream: Stream) -> Option<Tunnel> {
-        let (id, peer, direction) = (streams::hex(&stream.id), stream.peer.clone(), stream.direction);
-        let (source, destination, handle) = (stream.source, stream.destination, stream.handle.clone());
+        let (id, peer, direction) = (
+            streams::hex(&stream.id),
+            stream.peer.clone(),
+            stream.direction,
+        );
+        let (source, destination, handle) =
+            (stream.source, stream.destination, stream.handle.clone());
         let _listed = self.activity.enter(stream);
         let end = ktls_offload::relay(app, tunnel, handle).await;
         let outcome = end.outcome.as_str();
@@ -135,7 +142,11 @@ impl Agent {
             serial: peer.serial().into(),
             not_after: peer.not_after(),
             cipher: tunnel.cipher_suite().as_str().unwrap_or("unknown").into(),
-            key_exchange: tunnel.kx_group().and_then(|g| g.as_str()).unwrap_or("unknown").into(),
+            key_exchange: tunnel
+                .kx_group()
+                .and_then(|g| g.as_str())
+                .unwrap_or("unknown")
+                .into(),
             record_layer: tunnel.record_layer().as_str().into(),
             at: status::now(),
         });
@@ -146,7 +157,11 @@ impl Agent {
         let pods = self.pods.status();
         let mut counters = self.metrics.counters();
         match self.datapath.counters() {
-            Ok(kernel) => counters.extend(kernel.into_iter().map(|(name, n)| (format!("kernel.{name}"), n))),
+            Ok(kernel) => counters.extend(
+                kernel
+                    .into_iter()
+                    .map(|(name, n)| (format!("kernel.{name}"), n)),
+            ),
             Err(error) => tracing::warn!(%error, "the kernel's counters cannot be read"),
         }
         let connection = self.control_plane.get().map(|state| state.borrow().clone());
@@ -155,7 +170,12 @@ impl Agent {
             Some(ConnectionState::Connected { .. }) => ("connected", None),
             Some(ConnectionState::Failed { error, .. }) => ("failed", Some(error.to_string())),
         };
-        let svids: Vec<_> = self.svids.snapshot().into_iter().map(describe_svid).collect();
+        let svids: Vec<_> = self
+            .svids
+            .snapshot()
+            .into_iter()
+            .map(describe_svid)
+            .collect();
         let mesh = self.mesh();
         status::Status {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -189,12 +209,19 @@ impl Agent {
 
 /// Runs the agent until `shutdown` completes. What is pinned in the kernel stays:
 /// enforcement goes on without an agent, and the next one takes over from there.
-pub async fn run(config: AgentConfig, path: &Path, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+pub async fn run(
+    config: AgentConfig,
+    path: &Path,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
     raise_descriptor_limit();
     let record_layer = choose_record_layer(config.record_layer)?;
     tracing::info!(%record_layer, "records are protected by");
 
-    let options = Options { pin_dir: config.pin_dir.clone(), cgroup: config.cgroup.clone() };
+    let options = Options {
+        pin_dir: config.pin_dir.clone(),
+        cgroup: config.cgroup.clone(),
+    };
     let datapath = Datapath::load(options).context("the eBPF programs cannot be put in place")?;
     let tables = Tables::read(&config.node.network, &datapath)?;
     let highest_set = datapath.policy_sets()?.into_iter().max().unwrap_or(0);
@@ -204,7 +231,11 @@ pub async fn run(config: AgentConfig, path: &Path, shutdown: impl Future<Output 
 
     let bundles = Arc::new(TrustBundles::new());
     let agent = Arc::new(Agent {
-        svids: SvidManager::start(Arc::new(CaClient::new(ca_config(&config))?), bundles.clone(), manager_config(&config)),
+        svids: SvidManager::start(
+            Arc::new(CaClient::new(ca_config(&config))?),
+            bundles.clone(),
+            manager_config(&config),
+        ),
         mesh: RwLock::new(Mesh::new(&config.root_namespace)),
         set_numbers: SetNumbers::after(highest_set),
         datapath,
@@ -299,7 +330,8 @@ async fn log_verdicts(agent: Arc<Agent>) {
             Ok(event) => {
                 let reason = Reason::from_number(event.reason).map_or("unknown", Reason::as_str);
                 let source = SocketAddr::new(event.source.addr.into(), event.source.port);
-                let destination = SocketAddr::new(event.destination.addr.into(), event.destination.port);
+                let destination =
+                    SocketAddr::new(event.destination.addr.into(), event.destination.port);
                 let peer = agent.identities.describe(event.identity);
                 if event.reason >= Reason::Denied as u16 {
                     tracing::info!(%source, %destination, peer, reason, "denied by the kernel");
@@ -333,12 +365,19 @@ fn name_suites(suites: KernelSuites) -> String {
         (suites.aes_256_gcm, "AES-256-GCM"),
         (suites.chacha20_poly1305, "ChaCha20-Poly1305"),
     ];
-    let names: Vec<_> = all.into_iter().filter(|(has, _)| *has).map(|(_, name)| name).collect();
+    let names: Vec<_> = all
+        .into_iter()
+        .filter(|(has, _)| *has)
+        .map(|(_, name)| name)
+        .collect();
     format!("the kernel takes {}", names.join(", "))
 }
 
 fn manager_config(config: &AgentConfig) -> ManagerConfig {
-    ManagerConfig { ttl: config.control_plane.svid_ttl(), ..ManagerConfig::default() }
+    ManagerConfig {
+        ttl: config.control_plane.svid_ttl(),
+        ..ManagerConfig::default()
+    }
 }
 
 fn describe_svid(svid: SvidStatus) -> status::Svid {
@@ -383,7 +422,8 @@ fn ads_config(config: &AgentConfig) -> ClientConfig {
 
 /// A stream takes about six descriptors.
 fn raise_descriptor_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         tracing::warn!(%error, "the limit of open descriptors stays as it was");
     }

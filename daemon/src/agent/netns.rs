@@ -39,7 +39,9 @@ impl Netns {
     /// Opens a namespace by its path (`/run/netns/x`, `/proc/PID/ns/net`).
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = Arc::new(File::open(path)?);
-        let probe = enter(file.as_fd(), || Socket::new(Domain::IPV4, Type::DGRAM, None))??;
+        let probe = enter(file.as_fd(), || {
+            Socket::new(Domain::IPV4, Type::DGRAM, None)
+        })??;
         let cookie = ringfence_datapath::netns_cookie(probe.as_fd())?;
         Ok(Netns { file, cookie })
     }
@@ -171,7 +173,11 @@ fn ignore_existing(result: Result<(), rtnetlink::Error>) -> io::Result<()> {
     match result {
         Err(rtnetlink::Error::NetlinkError(message)) => {
             let error = message.to_io();
-            if error.raw_os_error() == Some(libc::EEXIST) { Ok(()) } else { Err(error) }
+            if error.raw_os_error() == Some(libc::EEXIST) {
+                Ok(())
+            } else {
+                Err(error)
+            }
         }
         other => other.map_err(io::Error::other),
     }

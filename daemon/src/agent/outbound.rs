@@ -34,7 +34,10 @@ enum Refusal {
     #[error("cannot connect to {to}: {error}")]
     Dial { to: SocketAddr, error: ConnectError },
     #[error("tunnel to {to}: {error}")]
-    Tunnel { to: SocketAddr, error: ktls_offload::ConnectError },
+    Tunnel {
+        to: SocketAddr,
+        error: ktls_offload::ConnectError,
+    },
     #[error("TLS configuration: {0}")]
     Tls(rustls::Error),
     #[error(transparent)]
@@ -49,8 +52,14 @@ impl Refusal {
             Refusal::UnknownDestination(_) => "unknown-destination",
             Refusal::Unreachable(reason) => reason,
             Refusal::NoSvid { .. } => "no-svid",
-            Refusal::Dial { error: ConnectError::Refused, .. } => "peer-agent-refused",
-            Refusal::Dial { error: ConnectError::Timeout, .. } => "peer-agent-timeout",
+            Refusal::Dial {
+                error: ConnectError::Refused,
+                ..
+            } => "peer-agent-refused",
+            Refusal::Dial {
+                error: ConnectError::Timeout,
+                ..
+            } => "peer-agent-timeout",
             Refusal::Dial { .. } => "dial-failed",
             Refusal::Tunnel { .. } => "tunnel-failed",
             Refusal::Tls(_) | Refusal::Random(_) => "internal",
@@ -82,7 +91,10 @@ async fn carry(
     stream: &TcpStream,
     source: SocketAddr,
 ) -> Result<(Tunnel, Key, Open), Refusal> {
-    let listener = stream.local_addr().map(canonical).map_err(|_| Refusal::NoOriginalDestination)?;
+    let listener = stream
+        .local_addr()
+        .map(canonical)
+        .map_err(|_| Refusal::NoOriginalDestination)?;
     let original: OriginalDst = agent
         .datapath
         .take_original_destination(pod.netns.cookie(), source, listener)
@@ -90,14 +102,19 @@ async fn carry(
     if let Some(reason) = pod.held() {
         return Err(Refusal::Held(reason));
     }
-    let own = pod.workload().ok_or_else(|| Refusal::Held("no-workload".into()))?;
+    let own = pod
+        .workload()
+        .ok_or_else(|| Refusal::Held("no-workload".into()))?;
     let address = IpAddr::from(original.backend.addr);
     let destination = SocketAddr::new(address, original.backend.port);
     let (workload, expected) = destination_of(agent, address)?;
     let svid = agent
         .svids
         .current(&own.identity)
-        .map_err(|reason| Refusal::NoSvid { identity: own.identity.spiffe_id().clone(), reason })?;
+        .map_err(|reason| Refusal::NoSvid {
+            identity: own.identity.spiffe_id().clone(),
+            reason,
+        })?;
 
     let key = Key {
         source: own.identity.spiffe_id().clone(),
@@ -126,9 +143,14 @@ async fn carry(
     Ok((tunnel, key, open))
 }
 
-fn destination_of(agent: &Agent, address: IpAddr) -> Result<(Arc<Workload>, BTreeSet<SpiffeId>), Refusal> {
+fn destination_of(
+    agent: &Agent,
+    address: IpAddr,
+) -> Result<(Arc<Workload>, BTreeSet<SpiffeId>), Refusal> {
     let mesh = agent.mesh();
-    let workload = mesh.by_address(address).ok_or(Refusal::UnknownDestination(address))?;
+    let workload = mesh
+        .by_address(address)
+        .ok_or(Refusal::UnknownDestination(address))?;
     match workload.reach {
         Reach::Mesh => Ok((workload.clone(), mesh.expected_identities(workload))),
         // It left the mesh after the kernel chose it; the application tries again.

@@ -35,8 +35,14 @@ pub enum EnrolError {
     #[error("network namespace {path}: {source}")]
     Netns { path: String, source: io::Error },
     /// The agent's ports are taken in the pod.
-    #[error("cannot listen on port {port} in {path}: {source} (does another mesh run in this pod?)")]
-    Listen { path: String, port: u16, source: io::Error },
+    #[error(
+        "cannot listen on port {port} in {path}: {source} (does another mesh run in this pod?)"
+    )]
+    Listen {
+        path: String,
+        port: u16,
+        source: io::Error,
+    },
     /// The kernel's tables.
     #[error(transparent)]
     Datapath(#[from] DatapathError),
@@ -72,7 +78,10 @@ impl Pod {
     }
 
     fn read(&self) -> State {
-        self.state.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.state
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     fn write(&self, state: State) {
@@ -81,15 +90,25 @@ impl Pod {
 
     /// The line of the status page.
     pub fn status(&self) -> status::Pod {
-        let State { workload, held, problems } = self.read();
+        let State {
+            workload,
+            held,
+            problems,
+        } = self.read();
         status::Pod {
             namespace: self.config.namespace.clone(),
             name: self.config.name.clone(),
             uid: workload.as_ref().map(|w| w.uid.clone()).unwrap_or_default(),
             netns: self.config.netns.display().to_string(),
             netns_cookie: self.netns.cookie(),
-            addresses: workload.as_ref().map(|w| w.addresses.clone()).unwrap_or_default(),
-            identity: workload.as_ref().map(|w| w.identity.spiffe_id().to_string()).unwrap_or_default(),
+            addresses: workload
+                .as_ref()
+                .map(|w| w.addresses.clone())
+                .unwrap_or_default(),
+            identity: workload
+                .as_ref()
+                .map(|w| w.identity.spiffe_id().to_string())
+                .unwrap_or_default(),
             policy_set: self.policy.set(),
             ready: held.is_none(),
             reason: held.or_else(|| (!problems.is_empty()).then(|| problems.join("; "))),
@@ -133,24 +152,41 @@ impl Pods {
     }
 
     fn insert(&self, pod: Arc<Pod>) {
-        self.enrolled.write().unwrap_or_else(PoisonError::into_inner).insert(pod.netns.cookie(), pod);
+        self.enrolled
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(pod.netns.cookie(), pod);
     }
 
     fn remove(&self, cookie: u64) {
-        self.enrolled.write().unwrap_or_else(PoisonError::into_inner).remove(&cookie);
+        self.enrolled
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&cookie);
     }
 }
 
 /// Intercepts a pod's connections. From here on it is held until [`refresh`] finds its
 /// workload; a pod that an earlier agent left ready goes on with what is pinned.
-pub async fn enrol(agent: &Arc<Agent>, config: &PodConfig, tasks: &mut JoinSet<()>) -> Result<Arc<Pod>, EnrolError> {
+pub async fn enrol(
+    agent: &Arc<Agent>,
+    config: &PodConfig,
+    tasks: &mut JoinSet<()>,
+) -> Result<Arc<Pod>, EnrolError> {
     let path = || config.netns.display().to_string();
-    let in_netns = |source| EnrolError::Netns { path: path(), source };
+    let in_netns = |source| EnrolError::Netns {
+        path: path(),
+        source,
+    };
     let netns = Netns::open(&config.netns).map_err(in_netns)?;
     let cookie = netns.cookie();
     // The kernel first: a pod that cannot be served is held, never left alone in plaintext.
     let pinned = agent.datapath.pod(cookie)?;
-    agent.datapath.enrol(netns.as_fd(), cookie, &pinned.unwrap_or_else(|| kernel_pod(None, 0)))?;
+    agent.datapath.enrol(
+        netns.as_fd(),
+        cookie,
+        &pinned.unwrap_or_else(|| kernel_pod(None, 0)),
+    )?;
     netns.prepare().await.map_err(in_netns)?;
 
     let mut listeners = Vec::new();
@@ -162,7 +198,11 @@ pub async fn enrol(agent: &Arc<Agent>, config: &PodConfig, tasks: &mut JoinSet<(
         for family in &families {
             let listener = netns
                 .listen(*family, port)
-                .map_err(|source| EnrolError::Listen { path: path(), port, source })?;
+                .map_err(|source| EnrolError::Listen {
+                    path: path(),
+                    port,
+                    source,
+                })?;
             listeners.push((port, listener));
         }
     }
@@ -170,7 +210,10 @@ pub async fn enrol(agent: &Arc<Agent>, config: &PodConfig, tasks: &mut JoinSet<(
     let pod = Arc::new(Pod {
         config: config.clone(),
         policy: PodPolicy::default(),
-        state: RwLock::new(State { held: Some("waiting-for-control-plane".into()), ..State::default() }),
+        state: RwLock::new(State {
+            held: Some("waiting-for-control-plane".into()),
+            ..State::default()
+        }),
         netns,
     });
     agent.pods.insert(pod.clone());
@@ -178,9 +221,15 @@ pub async fn enrol(agent: &Arc<Agent>, config: &PodConfig, tasks: &mut JoinSet<(
         let (agent, pod) = (agent.clone(), pod.clone());
         tasks.spawn(async move {
             if port == OUTBOUND_PORT {
-                accept(&listener, |stream, peer| outbound::spawn(&agent, &pod, stream, peer)).await;
+                accept(&listener, |stream, peer| {
+                    outbound::spawn(&agent, &pod, stream, peer)
+                })
+                .await;
             } else {
-                accept(&listener, |stream, peer| inbound::spawn(&agent, &pod, stream, peer)).await;
+                accept(&listener, |stream, peer| {
+                    inbound::spawn(&agent, &pod, stream, peer)
+                })
+                .await;
             }
         });
     }
@@ -198,7 +247,10 @@ pub fn withdraw(agent: &Agent, pod: &Pod) -> Result<(), DatapathError> {
 }
 
 /// Accepts for ever.
-async fn accept(listener: &TcpListener, serve: impl Fn(tokio::net::TcpStream, std::net::SocketAddr)) {
+async fn accept(
+    listener: &TcpListener,
+    serve: impl Fn(tokio::net::TcpStream, std::net::SocketAddr),
+) {
     loop {
         match listener.accept().await {
             Ok((stream, peer)) => serve(stream, peer),
@@ -235,9 +287,17 @@ pub fn refresh(agent: &Agent, pod: &Pod, mesh: &Mesh) -> Result<(), DatapathErro
         Some(workload) => {
             let compiled = compile_for(workload, mesh);
             problems = compiled.problems.iter().map(ToString::to_string).collect();
-            pod.policy.replace(compiled, &agent.set_numbers, &agent.identities, &agent.datapath, |set| {
-                agent.datapath.update_pod(cookie, &kernel_pod(Some(workload), set))
-            })?;
+            pod.policy.replace(
+                compiled,
+                &agent.set_numbers,
+                &agent.identities,
+                &agent.datapath,
+                |set| {
+                    agent
+                        .datapath
+                        .update_pod(cookie, &kernel_pod(Some(workload), set))
+                },
+            )?;
         }
         // Before the first sync what is pinned goes on deciding.
         None if !agent.synced() => {}
@@ -245,22 +305,36 @@ pub fn refresh(agent: &Agent, pod: &Pod, mesh: &Mesh) -> Result<(), DatapathErro
     }
     if problems != pod.read().problems {
         for problem in &problems {
-            tracing::warn!(pod = pod.config.name, problem, "everything is denied to this pod");
+            tracing::warn!(
+                pod = pod.config.name,
+                problem,
+                "everything is denied to this pod"
+            );
         }
     }
-    pod.write(State { workload, held, problems });
+    pod.write(State {
+        workload,
+        held,
+        problems,
+    });
     Ok(())
 }
 
 fn compile_for(workload: &Workload, mesh: &Mesh) -> CompiledSet {
-    let policies = mesh.policies.applicable(&workload.namespace, &workload.policies);
+    let policies = mesh
+        .policies
+        .applicable(&workload.namespace, &workload.policies);
     compile(&policies, by_family(&workload.addresses))
 }
 
 /// The workload of a pod, or why there is none that can be used.
 fn find_workload(pod: &Pod, mesh: &Mesh) -> Result<Arc<Workload>, String> {
-    let PodConfig { namespace, name, .. } = &pod.config;
-    let workload = mesh.by_name(namespace, name).ok_or("workload-unknown-to-control-plane")?;
+    let PodConfig {
+        namespace, name, ..
+    } = &pod.config;
+    let workload = mesh
+        .by_name(namespace, name)
+        .ok_or("workload-unknown-to-control-plane")?;
     if workload.addresses.is_empty() {
         return Err("workload-has-no-address".into());
     }
@@ -276,7 +350,9 @@ fn find_workload(pod: &Pod, mesh: &Mesh) -> Result<Arc<Workload>, String> {
 }
 
 fn kernel_pod(workload: Option<&Workload>, policy_set: u32) -> KernelPod {
-    let own = workload.map(|w| by_family(&w.addresses)).unwrap_or_default();
+    let own = workload
+        .map(|w| by_family(&w.addresses))
+        .unwrap_or_default();
     KernelPod {
         policy_set,
         flags: if workload.is_some() { POD_READY } else { 0 },

@@ -39,7 +39,8 @@ impl Identities {
 
     /// The principal of a number, for the log.
     pub fn describe(&self, number: u32) -> String {
-        self.peer(number).map_or_else(|| "none".into(), |peer| peer.principal().to_owned())
+        self.peer(number)
+            .map_or_else(|| "none".into(), |peer| peer.principal().to_owned())
     }
 
     fn peer(&self, number: u32) -> Option<Arc<Peer>> {
@@ -61,7 +62,10 @@ impl SetNumbers {
 
     fn next(&self) -> u32 {
         // 0 means "no set"; it comes round after four billion policy changes.
-        self.0.fetch_add(1, Ordering::Relaxed).wrapping_add(1).max(1)
+        self.0
+            .fetch_add(1, Ordering::Relaxed)
+            .wrapping_add(1)
+            .max(1)
     }
 }
 
@@ -93,11 +97,18 @@ impl PodPolicy {
     ) -> Result<T, DatapathError> {
         let installed = self.0.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(compiled) = &installed.compiled {
-            let mut bound = installed.bound.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut bound = installed
+                .bound
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             if !bound.contains(&identity)
                 && let Some(peer) = identities.peer(identity)
             {
-                datapath.bind_identity(installed.set, identity, &compiled.identity_mask(Some(&peer)))?;
+                datapath.bind_identity(
+                    installed.set,
+                    identity,
+                    &compiled.identity_mask(Some(&peer)),
+                )?;
                 bound.insert(identity);
             }
         }
@@ -120,18 +131,34 @@ impl PodPolicy {
         }
         let old = installed.set;
         let set = numbers.next();
-        let bound = std::mem::take(installed.bound.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let bound = std::mem::take(
+            installed
+                .bound
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
         let mut masks = vec![(IDENTITY_NONE, compiled.identity_mask(None))];
         for number in &bound {
             if let Some(peer) = identities.peer(*number) {
                 masks.push((*number, compiled.identity_mask(Some(&peer))));
             }
         }
-        let prefix = |p: &ringfence_policies::SourcePrefix| SourcePrefix { addr: p.addr, len: p.length };
-        let sources: Vec<_> = compiled.sources.iter().map(|(p, mask)| (prefix(p), *mask)).collect();
+        let prefix = |p: &ringfence_policies::SourcePrefix| SourcePrefix {
+            addr: p.addr,
+            len: p.length,
+        };
+        let sources: Vec<_> = compiled
+            .sources
+            .iter()
+            .map(|(p, mask)| (prefix(p), *mask))
+            .collect();
         datapath.install_set(set, &compiled.set, &masks, &sources, &compiled.ports)?;
         activate(set)?;
-        *installed = Installed { set, compiled: Some(Arc::new(compiled)), bound: Mutex::new(bound) };
+        *installed = Installed {
+            set,
+            compiled: Some(Arc::new(compiled)),
+            bound: Mutex::new(bound),
+        };
         if old != 0 {
             datapath.remove_set(old)?;
         }
@@ -142,8 +169,20 @@ impl PodPolicy {
 /// Addresses of a pod by family, as the compiler and the kernel want them.
 pub fn by_family(addresses: &[IpAddr]) -> WorkloadAddresses {
     WorkloadAddresses {
-        v4: addresses.iter().find_map(|a| if let IpAddr::V4(v4) = a { Some(*v4) } else { None }),
-        v6: addresses.iter().find_map(|a| if let IpAddr::V6(v6) = a { Some(*v6) } else { None }),
+        v4: addresses.iter().find_map(|a| {
+            if let IpAddr::V4(v4) = a {
+                Some(*v4)
+            } else {
+                None
+            }
+        }),
+        v6: addresses.iter().find_map(|a| {
+            if let IpAddr::V6(v6) = a {
+                Some(*v6)
+            } else {
+                None
+            }
+        }),
     }
 }
 
@@ -151,7 +190,10 @@ pub fn by_family(addresses: &[IpAddr]) -> WorkloadAddresses {
 pub fn describe(store: &PolicyStore) -> Vec<status::Policy> {
     let usable = store.policies().map(|policy| {
         let summary = policy.summary();
-        status::Policy { name: summary.name.to_string(), summary: summary.to_string() }
+        status::Policy {
+            name: summary.name.to_string(),
+            summary: summary.to_string(),
+        }
     });
     let rejected = store.rejected().map(|policy| status::Policy {
         name: policy.name.to_string(),

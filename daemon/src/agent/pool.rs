@@ -45,7 +45,10 @@ impl Pool {
         let mut pool = self.lock();
         let idle = pool.get_mut(key)?;
         while let Some(Idle { tunnel, since }) = idle.pop() {
-            if since.elapsed() < IDLE && tunnel.is_reusable() && expected.contains(tunnel.peer().id()) {
+            if since.elapsed() < IDLE
+                && tunnel.is_reusable()
+                && expected.contains(tunnel.peer().id())
+            {
                 return Some(tunnel);
             }
         }
@@ -57,7 +60,10 @@ impl Pool {
         let mut pool = self.lock();
         let idle = pool.entry(key).or_default();
         if idle.len() < PER_KEY {
-            idle.push(Idle { tunnel, since: Instant::now() });
+            idle.push(Idle {
+                tunnel,
+                since: Instant::now(),
+            });
         }
     }
 
@@ -67,7 +73,9 @@ impl Pool {
         {
             let mut pool = self.lock();
             for idle in pool.values_mut() {
-                let (old, young) = std::mem::take(idle).into_iter().partition(|i| i.since.elapsed() >= IDLE);
+                let (old, young) = std::mem::take(idle)
+                    .into_iter()
+                    .partition(|i| i.since.elapsed() >= IDLE);
                 *idle = young;
                 stale.extend::<Vec<Idle>>(old);
             }

@@ -34,20 +34,29 @@ impl Roster {
             .map(|(path, _)| path.clone())
             .collect();
         for path in gone {
-            let Some(enrolled) = self.enrolled.remove(&path) else { continue };
+            let Some(enrolled) = self.enrolled.remove(&path) else {
+                continue;
+            };
             tracing::info!(pod = enrolled.pod.config.name, "withdrawn");
             if let Err(error) = pods::withdraw(agent, &enrolled.pod) {
                 tracing::error!(%error, pod = enrolled.pod.config.name, "cannot be withdrawn");
             }
         }
-        let new = configured.into_iter().filter(|c| !self.enrolled.contains_key(&c.netns)).collect();
+        let new = configured
+            .into_iter()
+            .filter(|c| !self.enrolled.contains_key(&c.netns))
+            .collect();
         self.enrol(agent, new).await;
     }
 
     /// Tries again what failed: the namespace may exist by now.
     pub async fn retry(&mut self, agent: &Arc<Agent>) {
         if !self.failed.is_empty() {
-            let again = self.failed.iter().map(|(config, _)| config.clone()).collect();
+            let again = self
+                .failed
+                .iter()
+                .map(|(config, _)| config.clone())
+                .collect();
             self.enrol(agent, again).await;
         }
     }
@@ -58,7 +67,13 @@ impl Roster {
             let mut accepting = JoinSet::new();
             match pods::enrol(agent, &config, &mut accepting).await {
                 Ok(pod) => {
-                    self.enrolled.insert(config.netns, Enrolled { pod, _accepting: accepting });
+                    self.enrolled.insert(
+                        config.netns,
+                        Enrolled {
+                            pod,
+                            _accepting: accepting,
+                        },
+                    );
                 }
                 Err(error) => {
                     let reason = error.to_string();

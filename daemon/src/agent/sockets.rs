@@ -59,7 +59,11 @@ pub async fn dial(
         crate::sys::set_bind_address_no_port(&socket)?;
         socket.bind(&SocketAddr::from((source, 0)).into())?;
     }
-    let entry = AgentSocket { role: AGENT_DIAL, identity: 0, source: Addr::NONE };
+    let entry = AgentSocket {
+        role: AGENT_DIAL,
+        identity: 0,
+        source: Addr::NONE,
+    };
     start(datapath, &socket, entry, peer)?;
     finish(socket).await
 }
@@ -74,12 +78,21 @@ pub fn start_last_hop(
     application: SocketAddr,
 ) -> Result<Socket, ConnectError> {
     let socket = netns.last_hop_socket(client)?;
-    let entry = AgentSocket { role: AGENT_LAST_HOP, identity, source: Addr::from(client) };
+    let entry = AgentSocket {
+        role: AGENT_LAST_HOP,
+        identity,
+        source: Addr::from(client),
+    };
     start(datapath, &socket, entry, application)?;
     Ok(socket)
 }
 
-fn start(datapath: &Datapath, socket: &Socket, entry: AgentSocket, to: SocketAddr) -> Result<(), ConnectError> {
+fn start(
+    datapath: &Datapath,
+    socket: &Socket,
+    entry: AgentSocket,
+    to: SocketAddr,
+) -> Result<(), ConnectError> {
     // The program runs inside connect(2): the entry has served when it returns.
     let _registered = datapath.register_socket(socket_cookie(socket.as_fd())?, entry)?;
     match socket.connect(&to.into()) {

@@ -61,7 +61,10 @@ impl Activity {
     pub fn enter(self: &Arc<Self>, stream: Stream) -> Entry {
         let key = self.next.fetch_add(1, Ordering::Relaxed);
         lock(&self.streams).insert(key, stream);
-        Entry { activity: self.clone(), key }
+        Entry {
+            activity: self.clone(),
+            key,
+        }
     }
 
     /// Remembers a handshake.
@@ -110,11 +113,13 @@ fn describe(stream: &Stream) -> status::Stream {
 
 /// Lower-case hex.
 pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut out, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(out, "{byte:02x}");
-        out
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut out, byte| {
+            // Writing to a String cannot fail.
+            let _ = write!(out, "{byte:02x}");
+            out
+        })
 }
 
 /// A panic elsewhere leaves these lists as they were: nothing in them is half-written.

@@ -29,7 +29,11 @@ impl Tables {
             network: network.into(),
             workloads: datapath.workloads()?.into_iter().collect(),
             // Backends are compared by content: an empty list differs from whatever is wanted.
-            services: datapath.services()?.into_iter().map(|key| (key, Vec::new())).collect(),
+            services: datapath
+                .services()?
+                .into_iter()
+                .map(|key| (key, Vec::new()))
+                .collect(),
         })
     }
 
@@ -52,12 +56,22 @@ impl Tables {
                 self.services.insert(*key, backends.clone());
             }
         }
-        let stale: Vec<_> = self.services.keys().filter(|k| !services.contains_key(k)).copied().collect();
+        let stale: Vec<_> = self
+            .services
+            .keys()
+            .filter(|k| !services.contains_key(k))
+            .copied()
+            .collect();
         for key in stale {
             datapath.remove_service(&key)?;
             self.services.remove(&key);
         }
-        let stale: Vec<_> = self.workloads.keys().filter(|k| !workloads.contains_key(k)).copied().collect();
+        let stale: Vec<_> = self
+            .workloads
+            .keys()
+            .filter(|k| !workloads.contains_key(k))
+            .copied()
+            .collect();
         for addr in stale {
             datapath.remove_workload(&addr)?;
             self.workloads.remove(&addr);
@@ -79,7 +93,14 @@ fn wanted_workloads(mesh: &Mesh, network: &str) -> HashMap<Addr, KernelWorkload>
     mesh.addresses()
         // An address of another network is not that workload's here.
         .filter(|(_, workload)| workload.network == network)
-        .map(|(address, workload)| (Addr::from(address), KernelWorkload { flags: flags(workload, network) }))
+        .map(|(address, workload)| {
+            (
+                Addr::from(address),
+                KernelWorkload {
+                    flags: flags(workload, network),
+                },
+            )
+        })
         .collect()
 }
 
@@ -92,7 +113,10 @@ fn wanted_services(mesh: &Mesh, network: &str) -> HashMap<ServiceKey, Vec<Backen
     }
     let mut wanted = HashMap::new();
     for service in mesh.services.values().filter(|s| !s.passthrough) {
-        let members = members.get(service.key.as_str()).map(Vec::as_slice).unwrap_or_default();
+        let members = members
+            .get(service.key.as_str())
+            .map(Vec::as_slice)
+            .unwrap_or_default();
         for (_, address) in service.addresses.iter().filter(|(n, _)| n == network) {
             for (port, target) in &service.ports {
                 let key = Endpoint::new(Addr::from(*address), *port);
@@ -127,9 +151,19 @@ fn backend(
     if target == 0 {
         return None;
     }
-    let address = workload.addresses.iter().find(|a| a.is_ipv4() == virtual_ip.is_ipv4())?;
-    let flags = if service.waypoint { WORKLOAD_REFUSE } else { flags(workload, network) };
-    Some(Backend { endpoint: Endpoint::new(Addr::from(*address), target), flags })
+    let address = workload
+        .addresses
+        .iter()
+        .find(|a| a.is_ipv4() == virtual_ip.is_ipv4())?;
+    let flags = if service.waypoint {
+        WORKLOAD_REFUSE
+    } else {
+        flags(workload, network)
+    };
+    Some(Backend {
+        endpoint: Endpoint::new(Addr::from(*address), target),
+        flags,
+    })
 }
 
 #[cfg(test)]
@@ -143,17 +177,32 @@ mod tests {
             uid: "u".into(),
             name: "web".into(),
             namespace: "demo".into(),
-            addresses: vec![vec![10, 0, 0, 1], "fd00::1".parse::<std::net::Ipv6Addr>().unwrap().octets().to_vec()],
+            addresses: vec![
+                vec![10, 0, 0, 1],
+                "fd00::1"
+                    .parse::<std::net::Ipv6Addr>()
+                    .unwrap()
+                    .octets()
+                    .to_vec(),
+            ],
             tunnel_protocol: wire::TunnelProtocol::Hbone as i32,
             ..Default::default()
         };
-        let port = wire::Port { service_port: 8080, target_port: 80 };
-        workload.services.insert("demo/web".into(), wire::PortList { ports: vec![port] });
+        let port = wire::Port {
+            service_port: 8080,
+            target_port: 80,
+        };
+        workload
+            .services
+            .insert("demo/web".into(), wire::PortList { ports: vec![port] });
         let mut service = wire::Service {
             name: "web".into(),
             namespace: "demo".into(),
             hostname: "web".into(),
-            addresses: vec![wire::NetworkAddress { network: String::new(), address: vec![10, 96, 0, 1] }],
+            addresses: vec![wire::NetworkAddress {
+                network: String::new(),
+                address: vec![10, 96, 0, 1],
+            }],
             ports: vec![port],
             ..Default::default()
         };
@@ -173,19 +222,26 @@ mod tests {
     fn backend_has_the_family_of_the_virtual_address() {
         let backends = only_backends(&mesh(|_, _| {}));
         assert_eq!(backends.len(), 1);
-        assert_eq!(backends[0].endpoint, Endpoint::new(Addr::v4([10, 0, 0, 1]), 80));
+        assert_eq!(
+            backends[0].endpoint,
+            Endpoint::new(Addr::v4([10, 0, 0, 1]), 80)
+        );
         assert_eq!(backends[0].flags, WORKLOAD_MESH);
     }
 
     #[test]
     fn unhealthy_workload_is_no_backend() {
-        let backends = only_backends(&mesh(|w, _| w.status = wire::WorkloadStatus::Unhealthy as i32));
+        let backends = only_backends(&mesh(|w, _| {
+            w.status = wire::WorkloadStatus::Unhealthy as i32
+        }));
         assert!(backends.is_empty());
     }
 
     #[test]
     fn service_with_a_waypoint_is_refused_and_not_bypassed() {
-        let backends = only_backends(&mesh(|_, s| s.waypoint = Some(wire::GatewayAddress::default())));
+        let backends = only_backends(&mesh(|_, s| {
+            s.waypoint = Some(wire::GatewayAddress::default())
+        }));
         assert_eq!(backends[0].flags, WORKLOAD_REFUSE);
     }
 

@@ -34,7 +34,10 @@ impl Handler for Updates {
                 }
             }
         };
-        agent.metrics.rejected_resources.inc_by(rejections.len() as u64);
+        agent
+            .metrics
+            .rejected_resources
+            .inc_by(rejections.len() as u64);
         agent.changed.notify_one();
         rejections
     }
@@ -49,7 +52,9 @@ fn addresses(mesh: &mut Mesh, delta: Delta<Address>) -> Vec<Rejection> {
     let mut rejections = Vec::new();
     for Named { name, value } in delta.upserted {
         let result = match value.r#type {
-            Some(address::Type::Workload(wire)) => Workload::from_wire(wire).map(|w| mesh.put_workload(w)),
+            Some(address::Type::Workload(wire)) => {
+                Workload::from_wire(wire).map(|w| mesh.put_workload(w))
+            }
             Some(address::Type::Service(wire)) => Service::from_wire(wire).map(|s| {
                 mesh.services.insert(s.key.clone(), Arc::new(s));
             }),
@@ -61,7 +66,10 @@ fn addresses(mesh: &mut Mesh, delta: Delta<Address>) -> Vec<Rejection> {
         };
         // What was valid before stays in use.
         if let Err(error) = result {
-            rejections.push(Rejection { name, reason: error.to_string() });
+            rejections.push(Rejection {
+                name,
+                reason: error.to_string(),
+            });
         }
     }
     rejections
@@ -81,7 +89,7 @@ fn authorizations(mesh: &mut Mesh, delta: Delta<Authorization>) -> Vec<Rejection
                 let reason = rejected.error.to_string();
                 // It closes the workloads it applies to; an old version would too often
                 // admit what the new one was written to refuse.
-                mesh.policies.insert_rejected(rejected);
+                mesh.policies.insert_rejected(*rejected);
                 rejections.push(Rejection { name, reason });
             }
         }

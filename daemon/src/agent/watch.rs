@@ -21,17 +21,21 @@ impl FileChanges {
         let folder = file.parent().context("a file has a folder")?.to_owned();
         // One pending change is as good as many: the file is read as a whole.
         let (sender, changes) = mpsc::channel(1);
-        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            let concerns = event.is_ok_and(|e| !e.kind.is_access() && e.paths.iter().any(|p| *p == file));
-            if concerns {
-                // A full channel already says so.
-                let _ = sender.try_send(());
-            }
-        })?;
+        let mut watcher =
+            notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+                let concerns = event.is_ok_and(|e| !e.kind.is_access() && e.paths.contains(&file));
+                if concerns {
+                    // A full channel already says so.
+                    let _ = sender.try_send(());
+                }
+            })?;
         watcher
             .watch(&folder, RecursiveMode::NonRecursive)
             .with_context(|| format!("cannot watch {}", folder.display()))?;
-        Ok(FileChanges { _watcher: watcher, changes })
+        Ok(FileChanges {
+            _watcher: watcher,
+            changes,
+        })
     }
 
     /// Completes at the next change.

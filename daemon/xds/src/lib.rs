@@ -18,7 +18,7 @@ pub use error::ConnectError;
 pub use session::{Delta, Handler, Named, Rejection, Update};
 
 /// Generated protobuf types.
-#[allow(missing_debug_implementations)]
+#[allow(missing_debug_implementations, clippy::large_enum_variant)]
 pub mod proto {
     pub mod discovery {
         tonic::include_proto!("envoy.service.discovery.v3");

@@ -43,7 +43,9 @@ pub(super) fn check(
         let read = read(element, index.saturating_add(1))?;
         certificates.extend(read.into_iter().filter(|der| !bundle.contains(der)));
         if certificates.len() > MAX_CERTIFICATES {
-            return Err(bad(format!("it holds more than {MAX_CERTIFICATES} certificates")));
+            return Err(bad(format!(
+                "it holds more than {MAX_CERTIFICATES} certificates"
+            )));
         }
     }
     let svid = Svid::new(identity.spiffe_id(), certificates, key, now)?;

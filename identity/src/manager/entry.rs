@@ -14,7 +14,7 @@ use crate::spiffe_id::WorkloadIdentity;
 use crate::svid::Svid;
 
 pub(super) struct Entry {
-    pub(super) identity: Arc<WorkloadIdentity>,
+    pub(super) identity: WorkloadIdentity,
     svid: ArcSwapOption<Svid>,
     last_error: ArcSwapOption<FetchError>,
     /// Someone waits for it, or a connection was refused for want of it.
@@ -38,7 +38,7 @@ pub(super) struct Due {
 }
 
 impl Entry {
-    pub(super) fn new(identity: Arc<WorkloadIdentity>, due: Due) -> Self {
+    pub(super) fn new(identity: WorkloadIdentity, due: Due) -> Self {
         Self {
             identity,
             svid: ArcSwapOption::empty(),
@@ -140,7 +140,7 @@ impl Entry {
             Some(_) => SvidState::RefreshFailing,
         };
         SvidStatus {
-            identity: WorkloadIdentity::clone(&self.identity),
+            identity: self.identity.clone(),
             wanted,
             state,
             serial: svid.as_ref().map(|svid| svid.serial().to_owned()),

@@ -65,15 +65,14 @@ impl SvidManager {
             *count = count.saturating_add(1);
             return;
         }
-        let identity = Arc::new(identity.clone());
         let now = Due {
             at: Instant::now(),
             wall: self.shared.config.clock.now(),
         };
-        let entry = Arc::new(Entry::new(Arc::clone(&identity), now));
-        wants.insert(Arc::clone(&identity), 1);
+        let entry = Arc::new(Entry::new(identity.clone(), now));
+        wants.insert(identity.clone(), 1);
         let mut entries = HashMap::clone(&self.shared.entries.load());
-        entries.insert(identity, entry);
+        entries.insert(identity.clone(), entry);
         self.shared.entries.store(Arc::new(entries));
         drop(wants);
         self.shared.wake.notify_one();
@@ -304,7 +303,7 @@ impl SvidState {
 /// Fetches under way at any moment.
 pub const MAX_CONCURRENT_FETCHES: usize = 8;
 
-type Entries = HashMap<Arc<WorkloadIdentity>, Arc<Entry>>;
+type Entries = HashMap<WorkloadIdentity, Arc<Entry>>;
 
 struct Shared {
     source: Arc<dyn SvidSource>,
@@ -312,7 +311,7 @@ struct Shared {
     config: ManagerConfig,
     /// Changed only with `wants` locked; read by anyone.
     entries: ArcSwap<Entries>,
-    wants: Mutex<HashMap<Arc<WorkloadIdentity>, usize>>,
+    wants: Mutex<HashMap<WorkloadIdentity, usize>>,
     wake: Notify,
 }
 
@@ -321,7 +320,7 @@ impl Shared {
         self.entries.load().get(identity).cloned()
     }
 
-    fn wants(&self) -> MutexGuard<'_, HashMap<Arc<WorkloadIdentity>, usize>> {
+    fn wants(&self) -> MutexGuard<'_, HashMap<WorkloadIdentity, usize>> {
         self.wants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

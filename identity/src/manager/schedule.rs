@@ -51,11 +51,16 @@ mod tests {
     #[test]
     fn retries_start_fast_double_and_stop_at_150_s() {
         let mut random = rand::rng();
-        let expected = [250, 500, 1000, 2000, 4000, 8000, 16000, 32000, 64000, 128_000, 150_000];
+        let expected = [
+            250, 500, 1000, 2000, 4000, 8000, 16000, 32000, 64000, 128_000, 150_000,
+        ];
         for (failures, longest) in (1u32..).zip(expected) {
             for _ in 0..100 {
                 let wait = retry_after(failures, &mut random).as_millis();
-                assert!(wait <= longest && wait >= longest * 3 / 4, "{failures}: {wait} ms");
+                assert!(
+                    wait <= longest && wait >= longest * 3 / 4,
+                    "{failures}: {wait} ms"
+                );
             }
         }
         assert!(retry_after(u32::MAX, &mut random) <= LONGEST_RETRY);

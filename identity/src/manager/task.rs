@@ -8,10 +8,10 @@ use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::Instant;
 
 use super::entry::{Due, Entry};
-use super::{schedule, Shared, MAX_CONCURRENT_FETCHES};
+use super::{MAX_CONCURRENT_FETCHES, Shared, schedule};
 use crate::source::{FetchError, FetchProblem, Issued};
 use crate::spiffe_id::TrustDomain;
-use crate::svid::{unix_seconds, SvidError};
+use crate::svid::{SvidError, unix_seconds};
 
 /// Runs until it is aborted; its fetches end with it.
 pub(super) async fn run(shared: Arc<Shared>) {
@@ -73,17 +73,19 @@ impl Fetches {
     fn start(&mut self, entry: Arc<Entry>) {
         entry.begin();
         let shared = Arc::clone(&self.shared);
-        let identity = Arc::clone(&entry.identity);
+        let identity = entry.identity.clone();
         let fetch = self.tasks.spawn(async move {
             let limit = shared.config.fetch_timeout;
             let fetch = shared.source.fetch(&identity, shared.config.ttl);
-            tokio::time::timeout(limit, fetch).await.unwrap_or_else(|_| {
-                Err(FetchError {
-                    identity: (*identity).clone(),
-                    source_name: shared.source.name().to_owned(),
-                    problem: FetchProblem::TimedOut(limit),
+            tokio::time::timeout(limit, fetch)
+                .await
+                .unwrap_or_else(|_| {
+                    Err(FetchError {
+                        identity,
+                        source_name: shared.source.name().to_owned(),
+                        problem: FetchProblem::TimedOut(limit),
+                    })
                 })
-            })
         });
         self.started = self.started.saturating_add(1);
         self.whose.insert(fetch.id(), (self.started, entry));
@@ -119,12 +121,7 @@ impl Fetches {
 
     /// Puts an answer to use. The source has checked it, but the manager
     /// answers for what it presents, whatever the source.
-    fn accept(
-        &mut self,
-        sequence: u64,
-        entry: &Entry,
-        issued: Issued,
-    ) -> Result<(), FetchError> {
+    fn accept(&mut self, sequence: u64, entry: &Entry, issued: Issued) -> Result<(), FetchError> {
         let Issued { svid, roots } = issued;
         let wall = self.shared.config.clock.now();
         if svid.id() != entry.identity.spiffe_id() {
@@ -193,7 +190,7 @@ impl Fetches {
 
     fn problem(&self, entry: &Entry, problem: FetchProblem) -> FetchError {
         FetchError {
-            identity: (*entry.identity).clone(),
+            identity: entry.identity.clone(),
             source_name: self.shared.source.name().to_owned(),
             problem,
         }

@@ -30,7 +30,9 @@ impl Outcome {
         };
         self.judged.map_err(failed)?;
         self.other.map_err(|error| error.to_string())?;
-        self.judge.verified().ok_or_else(|| "not verified".to_owned())
+        self.judge
+            .verified()
+            .ok_or_else(|| "not verified".to_owned())
     }
 
     /// The peer was refused for `reason` and learned no more than `alert`.
@@ -96,8 +98,7 @@ fn pump(
     client: ClientConfig,
     server: rustls::ServerConfig,
 ) -> (Result<(), Error>, Result<(), Error>) {
-    let mut client =
-        ClientConnection::new(Arc::new(client), tls::unused_server_name()).unwrap();
+    let mut client = ClientConnection::new(Arc::new(client), tls::unused_server_name()).unwrap();
     let mut server = ServerConnection::new(Arc::new(server)).unwrap();
     let (mut on_client, mut on_server) = (Ok(()), Ok(()));
     loop {

@@ -103,6 +103,11 @@ impl TestCa {
 
     /// An SVID as described, good or bad: it is not checked.
     pub fn svid_with(&self, params: &LeafParams) -> Svid {
+        self.svid_at(params, SystemTime::now())
+    }
+
+    /// [`svid_with`](Self::svid_with) for a test whose clock shows `now`.
+    pub fn svid_at(&self, params: &LeafParams, now: SystemTime) -> Svid {
         let key = params.key();
         let chain = self.chain_for(params, &key);
         let der = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
@@ -111,7 +116,7 @@ impl TestCa {
             params.identity.spiffe_id(),
             chain.clone(),
             Arc::clone(&key),
-            SystemTime::now(),
+            now,
         ) {
             Ok(svid) => svid,
             Err(_) => Svid::unchecked(params.identity.spiffe_id().clone(), chain, key),
@@ -140,8 +145,10 @@ pub struct CaParams {
     pub not_before: SystemTime,
     /// Last moment of validity.
     pub not_after: SystemTime,
-    /// Whether it may sign certificates at all.
+    /// Whether its basic constraints make it a CA.
     pub is_ca: bool,
+    /// Its key usage.
+    pub key_usages: Vec<KeyUsagePurpose>,
 }
 
 impl Default for CaParams {
@@ -151,6 +158,7 @@ impl Default for CaParams {
             not_before: SystemTime::now() - Duration::from_secs(3600),
             not_after: SystemTime::now() + Duration::from_secs(10 * 365 * 86400),
             is_ca: true,
+            key_usages: vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign],
         }
     }
 }
@@ -169,7 +177,7 @@ impl CaParams {
         } else {
             IsCa::ExplicitNoCa
         };
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.key_usages = self.key_usages.clone();
         params
     }
 }

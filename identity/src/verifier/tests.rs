@@ -10,7 +10,7 @@ use rustls::AlertDescription as Alert;
 use super::*;
 use crate::spiffe_id::WorkloadIdentity;
 use crate::svid::Svid;
-use crate::testing::{handshake, workload, CaParams, LeafParams, TestCa};
+use crate::testing::{CaParams, LeafParams, TestCa, handshake, workload};
 
 /// A peer as one of the two sides of a handshake with an honest other side.
 fn shown_by_client(trusted: &Arc<TrustBundles>, peer: &Svid) -> handshake::Outcome {
@@ -56,13 +56,25 @@ fn good_peers_are_accepted_on_both_sides() {
     let ca = TestCa::shared();
     let cases = [
         ("plain", leaf(|_| {})),
-        ("P-384 key", leaf(|l| l.algorithm = &rcgen::PKCS_ECDSA_P384_SHA384)),
+        (
+            "P-384 key",
+            leaf(|l| l.algorithm = &rcgen::PKCS_ECDSA_P384_SHA384),
+        ),
         ("Ed25519 key", leaf(|l| l.algorithm = &rcgen::PKCS_ED25519)),
         ("RSA key", leaf(|l| l.algorithm = &rcgen::PKCS_RSA_SHA256)),
-        ("DNS SAN besides", leaf(|l| l.dns_sans = vec!["a.example".into()])),
+        (
+            "DNS SAN besides",
+            leaf(|l| l.dns_sans = vec!["a.example".into()]),
+        ),
         ("no EKU", leaf(|l| l.extended_key_usages.clear())),
-        ("no basic constraints", leaf(|l| l.basic_constraints_ca = None)),
-        ("clock 30 s behind", leaf(|l| l.not_before = SystemTime::now() + seconds(30))),
+        (
+            "no basic constraints",
+            leaf(|l| l.basic_constraints_ca = None),
+        ),
+        (
+            "clock 30 s behind",
+            leaf(|l| l.not_before = SystemTime::now() + seconds(30)),
+        ),
         (
             "short life, clock behind",
             leaf(|l| {
@@ -111,16 +123,40 @@ fn bad_leaves_are_refused_on_both_sides_with_reason_and_alert() {
                 l.dns_sans = vec!["cart.shop".into()];
             }),
         ),
-        ("several-uri-sans", bad, uris(&[&me, "spiffe://td/ns/shop/sa/admin"])),
+        (
+            "several-uri-sans",
+            bad,
+            uris(&[&me, "spiffe://td/ns/shop/sa/admin"]),
+        ),
         ("several-uri-sans", bad, uris(&[&me, &me])),
         ("several-uri-sans", bad, uris(&[&me, "http://elsewhere/"])),
-        ("invalid-spiffe-id", bad, uris(&["http://td/ns/shop/sa/cart"])),
-        ("invalid-spiffe-id", bad, uris(&["spiffe://TD/ns/shop/sa/cart"])),
-        ("invalid-spiffe-id", bad, uris(&["SPIFFE://td/ns/shop/sa/cart"])),
+        (
+            "invalid-spiffe-id",
+            bad,
+            uris(&["http://td/ns/shop/sa/cart"]),
+        ),
+        (
+            "invalid-spiffe-id",
+            bad,
+            uris(&["spiffe://TD/ns/shop/sa/cart"]),
+        ),
+        (
+            "invalid-spiffe-id",
+            bad,
+            uris(&["SPIFFE://td/ns/shop/sa/cart"]),
+        ),
         ("invalid-spiffe-id", bad, uris(&["spiffe://td"])),
-        ("invalid-spiffe-id", bad, uris(&["spiffe://td/ns/../sa/cart"])),
+        (
+            "invalid-spiffe-id",
+            bad,
+            uris(&["spiffe://td/ns/../sa/cart"]),
+        ),
         ("invalid-spiffe-id", bad, uris(&[""])),
-        ("unknown-trust-domain", ca_alert, uris(&["spiffe://other/ns/shop/sa/cart"])),
+        (
+            "unknown-trust-domain",
+            ca_alert,
+            uris(&["spiffe://other/ns/shop/sa/cart"]),
+        ),
         (
             "expired",
             old,
@@ -134,17 +170,37 @@ fn bad_leaves_are_refused_on_both_sides_with_reason_and_alert() {
             old,
             leaf(|l| l.not_before = SystemTime::now() + seconds(120)),
         ),
-        ("leaf-is-ca", usage, leaf(|l| l.basic_constraints_ca = Some(true))),
-        ("leaf-is-ca", usage, leaf(|l| l.key_usages.push(Ku::KeyCertSign))),
-        ("leaf-is-ca", usage, leaf(|l| l.key_usages.push(Ku::CrlSign))),
+        (
+            "leaf-is-ca",
+            usage,
+            leaf(|l| l.basic_constraints_ca = Some(true)),
+        ),
+        (
+            "leaf-is-ca",
+            usage,
+            leaf(|l| l.key_usages.push(Ku::KeyCertSign)),
+        ),
+        (
+            "leaf-is-ca",
+            usage,
+            leaf(|l| l.key_usages.push(Ku::CrlSign)),
+        ),
         ("key-usage", usage, leaf(|l| l.key_usages.clear())),
-        ("key-usage", usage, leaf(|l| l.key_usages = vec![Ku::KeyAgreement])),
+        (
+            "key-usage",
+            usage,
+            leaf(|l| l.key_usages = vec![Ku::KeyAgreement]),
+        ),
         (
             "extended-key-usage",
             usage,
             leaf(|l| l.extended_key_usages = vec![Eku::CodeSigning]),
         ),
-        ("untrusted", ca_alert, leaf(|l| l.unknown_critical_extension = true)),
+        (
+            "untrusted",
+            ca_alert,
+            leaf(|l| l.unknown_critical_extension = true),
+        ),
     ];
     for (reason, alert, params) in cases {
         let peer = ca.svid_with(&params);
@@ -164,9 +220,13 @@ fn extended_key_usage_must_cover_the_role_played() {
     let server_only = ca.svid_with(&leaf(|l| l.extended_key_usages = vec![Eku::ServerAuth]));
     let alert = Alert::UnsupportedCertificate;
 
-    shown_by_client(&ca.bundle(), &client_only).accepted().unwrap();
+    shown_by_client(&ca.bundle(), &client_only)
+        .accepted()
+        .unwrap();
     shown_by_server(&ca.bundle(), &client_only).assert_refused("extended-key-usage", alert);
-    shown_by_server(&ca.bundle(), &server_only).accepted().unwrap();
+    shown_by_server(&ca.bundle(), &server_only)
+        .accepted()
+        .unwrap();
     shown_by_client(&ca.bundle(), &server_only).assert_refused("extended-key-usage", alert);
 }
 
@@ -210,6 +270,13 @@ fn broken_paths_are_refused() {
     });
     shown_by_client(&not_a_ca.bundle(), &not_a_ca.svid(&id())).assert_refused("untrusted", alert);
 
+    let may_not_sign = with(CaParams {
+        key_usages: vec![Ku::DigitalSignature],
+        ..CaParams::default()
+    });
+    shown_by_client(&may_not_sign.bundle(), &may_not_sign.svid(&id()))
+        .assert_refused("untrusted", alert);
+
     let expired = with(CaParams {
         not_after: SystemTime::now() - seconds(5),
         ..CaParams::default()
@@ -252,7 +319,11 @@ fn a_trust_domain_cannot_vouch_for_another_one() {
     let (ours, theirs) = (TestCa::new("td"), TestCa::new("partner"));
     let bundles = ours.bundle();
     bundles
-        .replace("federation", theirs.trust_domain(), &[theirs.root().clone()])
+        .replace(
+            "federation",
+            theirs.trust_domain(),
+            &[theirs.root().clone()],
+        )
         .unwrap();
 
     let partner = theirs.svid(&workload("partner", "shop", "cart"));
@@ -270,10 +341,13 @@ fn only_an_expected_identity_is_accepted() {
     let peer = ca.svid(&id());
     let other = workload("td", "shop", "cart2").spiffe_id().clone();
     let me = id().spiffe_id().clone();
-    let one_of = |ids: &[&SpiffeId]| ExpectedPeer::OneOf(ids.iter().map(|id| (*id).clone()).collect());
+    let one_of =
+        |ids: &[&SpiffeId]| ExpectedPeer::OneOf(ids.iter().map(|id| (*id).clone()).collect());
 
     for expected in [ExpectedPeer::only(me.clone()), one_of(&[&other, &me])] {
-        shown(&ca.bundle(), &peer, expected, false).accepted().unwrap();
+        shown(&ca.bundle(), &peer, expected, false)
+            .accepted()
+            .unwrap();
     }
     for expected in [ExpectedPeer::only(other.clone()), one_of(&[])] {
         shown(&ca.bundle(), &peer, expected, false)
@@ -312,7 +386,9 @@ fn nobody_is_verified_before_the_handshake_signature() {
     let peer = ca.svid(&id());
     let verifier = PeerVerifier::new(ca.bundle(), ExpectedPeer::AnyTrusted);
     let leaf = peer.chain().first().unwrap();
-    verifier.verify_client_cert(leaf, &[], UnixTime::now()).unwrap();
+    verifier
+        .verify_client_cert(leaf, &[], UnixTime::now())
+        .unwrap();
     assert_eq!(verifier.verified(), None);
     assert_eq!(verifier.refusal(), None);
 }
@@ -340,13 +416,7 @@ fn validity_is_judged_to_the_second() {
     let at = |unix: i64| {
         let now = UnixTime::since_unix_epoch(Duration::from_secs(unix.try_into().unwrap()));
         let verifier = PeerVerifier::new(ca.bundle(), ExpectedPeer::AnyTrusted);
-        let _ = verifier.verify_server_cert(
-            leaf,
-            &[],
-            &crate::tls::unused_server_name(),
-            &[],
-            now,
-        );
+        let _ = verifier.verify_server_cert(leaf, &[], &crate::tls::unused_server_name(), &[], now);
         verifier.refusal()
     };
     assert_eq!(at(peer.not_after()), None);
@@ -370,7 +440,10 @@ fn long_chains_and_garbage_are_refused_before_any_path_is_built() {
     };
     let extra = vec![ca.root().clone(); MAX_CHAIN_LENGTH];
     assert_eq!(judge(good, &extra), "too-large");
-    assert_eq!(judge(&CertificateDer::from(vec![0x30, 0x82]), &[]), "malformed");
+    assert_eq!(
+        judge(&CertificateDer::from(vec![0x30, 0x82]), &[]),
+        "malformed"
+    );
     assert_eq!(judge(&CertificateDer::from(Vec::new()), &[]), "malformed");
     let garbage = [CertificateDer::from(vec![1, 2, 3])];
     let other = TestCa::new("td").svid(&id());

@@ -251,16 +251,20 @@ fn step<E: Endpoint>(
         }
     };
     if result.is_err() {
-        collect_alert(conn, outgoing);
+        collect_alert(conn, incoming, outgoing);
     }
     result
 }
 
 /// After an error rustls may still have an alert for the peer.
-fn collect_alert<E: Endpoint>(conn: &mut E, outgoing: &mut Vec<u8>) {
+///
+/// It must see the same unconsumed bytes again: it remembers where in them the messages
+/// behind the offending one lie, and panics if they are gone (rustls 0.23.46).
+fn collect_alert<E: Endpoint>(conn: &mut E, incoming: &mut Vec<u8>, outgoing: &mut Vec<u8>) {
     // An alert is one encode and one transmit; the bound is against surprises.
     for _ in 0..4 {
-        match conn.process(&mut []).state {
+        let UnbufferedStatus { discard, state } = conn.process(incoming);
+        match state {
             Ok(ConnectionState::EncodeTlsData(mut data)) => {
                 if encode(&mut data, outgoing).is_err() {
                     return;
@@ -269,6 +273,7 @@ fn collect_alert<E: Endpoint>(conn: &mut E, outgoing: &mut Vec<u8>) {
             Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
             _ => return,
         }
+        incoming.drain(..discard.min(incoming.len()));
     }
 }
 

@@ -1,7 +1,7 @@
 //! TLS 1.3 record protection in software (RFC 8446 §5.2, §5.3): pure, in place.
 
 use ring::aead::{
-    AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey,
+    AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey,
 };
 use rustls::ConnectionTrafficSecrets;
 
@@ -47,7 +47,16 @@ impl RecordKey {
             _ => return Err(UnsupportedSuite),
         };
         let iv: [u8; 12] = iv.as_ref().try_into().map_err(|_| UnsupportedSuite)?;
-        let key = UnboundKey::new(algorithm, key.as_ref()).map_err(|_| UnsupportedSuite)?;
+        Self::from_parts(algorithm, key.as_ref(), iv, sequence)
+    }
+
+    fn from_parts(
+        algorithm: &'static Algorithm,
+        key: &[u8],
+        iv: [u8; 12],
+        sequence: u64,
+    ) -> Result<Self, UnsupportedSuite> {
+        let key = UnboundKey::new(algorithm, key).map_err(|_| UnsupportedSuite)?;
         Ok(Self {
             key: Wiped::new(LessSafeKey::new(key)),
             iv: Wiped::new(iv),

@@ -301,9 +301,15 @@ impl Rx {
                     sock.readable().await.map_err(receiving)?;
                 }
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EIO)) => {
-                    if let Step::Incoming(incoming) = self.recv_step(sock, inbound)? {
-                        self.release();
-                        return Ok(incoming);
+                    match self.recv_step(sock, inbound)? {
+                        Step::Incoming(incoming) => {
+                            self.release();
+                            return Ok(incoming);
+                        }
+                        Step::Progress => {}
+                        // No record of another type is there, so the error was about a
+                        // malformed header; telling it once has cleared it in the kernel.
+                        Step::Nothing => return Err(TunnelError::BadRecord.into()),
                     }
                 }
                 Err(e) => return Err(receiving(e).into()),

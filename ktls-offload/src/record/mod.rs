@@ -96,24 +96,40 @@ impl Inbound {
                 [_, description] => Err(TunnelError::Alert(*description)),
                 _ => Err(TunnelError::BadAlert),
             },
-            TYPE_HANDSHAKE => match payload {
-                // NewSessionTicket, whole in its record: of no use to us.
-                [4, a, b, c, body @ ..]
-                    if u32::from_be_bytes([0, *a, *b, *c]) as usize == body.len() =>
-                {
-                    self.tickets += 1;
-                    if self.tickets > MAX_TICKETS {
-                        return Err(TunnelError::Flood("session tickets"));
-                    }
-                    Ok(None)
-                }
-                [24, ..] => Err(TunnelError::KeyUpdate),
-                [kind, ..] => Err(TunnelError::UnexpectedHandshake(*kind)),
-                [] => Err(TunnelError::BadRecord),
-            },
+            TYPE_HANDSHAKE => self.handshake(payload).map(|()| None),
             TYPE_DATA => self.empty_record().map(|()| None),
             other => Err(TunnelError::UnknownContentType(other)),
         }
+    }
+
+    /// Messages after the handshake: session tickets, whole ones, are dropped; nothing else
+    /// is allowed.
+    fn handshake(&mut self, mut payload: &[u8]) -> Result<(), TunnelError> {
+        const NEW_SESSION_TICKET: u8 = 4;
+        const KEY_UPDATE: u8 = 24;
+        if payload.is_empty() {
+            return Err(TunnelError::BadRecord);
+        }
+        while let [kind, rest @ ..] = payload {
+            match *kind {
+                NEW_SESSION_TICKET => {}
+                KEY_UPDATE => return Err(TunnelError::KeyUpdate),
+                other => return Err(TunnelError::UnexpectedHandshake(other)),
+            }
+            let body = rest.split_first_chunk::<3>().and_then(|([a, b, c], rest)| {
+                let len = u32::from_be_bytes([0, *a, *b, *c]);
+                rest.split_at_checked(usize::try_from(len).ok()?)
+            });
+            let Some((_ticket, rest)) = body else {
+                return Err(TunnelError::UnexpectedHandshake(*kind));
+            };
+            self.tickets += 1;
+            if self.tickets > MAX_TICKETS {
+                return Err(TunnelError::Flood("session tickets"));
+            }
+            payload = rest;
+        }
+        Ok(())
     }
 
     /// Counts a record without content.

@@ -6,6 +6,11 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
+
 use crate::netns::Netns;
 
 /// A socket that the kernel reports as TLS.
@@ -59,6 +64,22 @@ fn parse(line: &str) -> Option<TlsSocket> {
         cipher: value("cipher")?,
         receive: value("rxconf").unwrap_or_else(|| "none".into()),
         transmit: value("txconf").unwrap_or_else(|| "none".into()),
+    })
+}
+
+/// Why this kernel cannot protect TLS records, or `None` when it can. Found out by trying:
+/// the protocol is attached to a connection over loopback, which loads the module.
+pub fn kernel_tls_missing() -> Option<String> {
+    let attached = || -> std::io::Result<()> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let stream = TcpStream::connect(listener.local_addr()?)?;
+        setsockopt(&stream, sockopt::TcpUlp::default(), b"tls").map_err(Into::into)
+    };
+    let error = attached().err()?;
+    Some(match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENOENT) => "it has no TLS protocol for TCP (CONFIG_TLS)".to_owned(),
+        Some(Errno::ENOPROTOOPT) => "it has no upper layer protocols for TCP".to_owned(),
+        _ => format!("attaching TLS to a socket failed: {error}"),
     })
 }
 

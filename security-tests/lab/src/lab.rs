@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::mesh::Mesh;
 use crate::netns::Netns;
-use crate::process::{end, spawn_daemon, tail, wait_until};
+use crate::process::{Ended, end, spawn_daemon, tail, wait_until};
 use crate::status::Status;
 use crate::topology::{NAMESPACE, Node, Pod, PodSpec, Role, Topology};
 use crate::programs;
@@ -296,14 +296,19 @@ impl Lab {
     /// Returns when every agent is ready.
     pub fn wait_ready(&self, patience: Duration) -> Result<()> {
         for node in &self.topology().nodes {
-            let log = self.log(&node.name);
             wait_until(&format!("the agent of {}", node.name), patience, || {
                 self.ensure_alive(&node.name)?;
                 let status = self.status(&node.name)?;
                 ensure!(status.ready, "{}", status.why_not_ready());
                 Ok(())
             })
-            .with_context(|| format!("the end of {}:\n{}", log.display(), tail(&log, 20)))?;
+            .map_err(|error| {
+                if error.is::<Ended>() {
+                    return error;
+                }
+                let log = self.log(&node.name);
+                error.context(format!("the end of {}:\n{}", log.display(), tail(&log, 20)))
+            })?;
         }
         Ok(())
     }
@@ -350,7 +355,7 @@ impl Lab {
             return Ok(());
         }
         let log = self.log(name);
-        bail!("{name} has ended; the end of {}:\n{}", log.display(), tail(&log, 20))
+        Err(Ended(format!("{name} has ended; the end of {}:\n{}", log.display(), tail(&log, 20))).into())
     }
 
     fn write_mesh_files(&mut self) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Connections and listeners of our own, in a pod: what a program there would see.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -85,8 +85,8 @@ fn attempt(address: SocketAddr, request: &[u8], patience: Duration) -> Outcome {
     }
 }
 
-/// A listener in a pod on both families that greets every connection with [`GREETING`] and
-/// remembers who it was.
+/// A listener in a pod on both families that answers the first line of every connection with
+/// [`GREETING`] and remembers who it was.
 #[derive(Debug)]
 pub struct Acceptor {
     accepted: Receiver<SocketAddr>,
@@ -116,10 +116,9 @@ impl Acceptor {
                 if done || ready.last().and_then(PollFd::any).unwrap_or(true) {
                     return;
                 }
-                while let Ok((mut stream, peer)) = listener.accept() {
-                    // The peer may be gone already; it was accepted all the same.
-                    let _ = stream.set_nonblocking(false).and_then(|()| stream.write_all(GREETING));
+                while let Ok((stream, peer)) = listener.accept() {
                     let _ = sender.send(canonical(peer));
+                    std::thread::spawn(move || greet(stream));
                 }
             }
         });
@@ -138,6 +137,18 @@ impl Acceptor {
         self.seen.push(peer);
         Some(peer)
     }
+}
+
+/// Answers a line with the greeting. Nothing is left unread, or the close would be a reset
+/// that destroys the greeting. The peer may be gone at any time; it was accepted all the same.
+fn greet(stream: TcpStream) {
+    let answer = |mut stream: TcpStream| -> std::io::Result<()> {
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        BufReader::new(&stream).read_line(&mut String::new())?;
+        stream.write_all(GREETING)
+    };
+    let _ = answer(stream);
 }
 
 impl Drop for Acceptor {

@@ -28,7 +28,8 @@ pub fn spawn_daemon(mut command: Command, log: &Path) -> Result<Child> {
         .append(true)
         .open(log)
         .with_context(|| format!("opening {}", log.display()))?;
-    command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+    // The log is a file: no colours.
+    command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).env("NO_COLOR", "1");
     sys::new_session_before_exec(&mut command);
     command
         .spawn()
@@ -68,8 +69,20 @@ fn ended_by(pid: i32, deadline: Instant) -> bool {
     ended
 }
 
+/// A process ended that should run: nothing to wait for any more.
+#[derive(Debug)]
+pub struct Ended(pub String);
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Ended {}
+
 /// Asks `attempt` again until it gives a value or `patience` is over; the error then has
-/// its last reason. For conditions that have no descriptor to wait on.
+/// its last reason. An [`Ended`] gives up at once. For conditions that have no descriptor to wait on.
 pub fn wait_until<T>(
     what: &str,
     patience: Duration,
@@ -79,6 +92,7 @@ pub fn wait_until<T>(
     loop {
         let reason = match attempt() {
             Ok(value) => return Ok(value),
+            Err(reason) if reason.is::<Ended>() => return Err(reason),
             Err(reason) => reason,
         };
         if Instant::now() >= deadline {
@@ -133,6 +147,17 @@ mod tests {
         let pid = i32::try_from(child.id()).unwrap();
         child.wait().unwrap();
         end(&[pid], Duration::from_millis(200)).unwrap();
+    }
+
+    #[test]
+    fn a_wait_for_a_process_that_has_ended_is_over_at_once() {
+        let mut attempts = 0;
+        let error = wait_until("nothing", Duration::from_secs(60), || -> Result<()> {
+            attempts += 1;
+            Err(Ended("it is gone".into()).into())
+        });
+        assert!(error.unwrap_err().is::<Ended>());
+        assert_eq!(attempts, 1);
     }
 
     #[test]

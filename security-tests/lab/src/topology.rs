@@ -107,6 +107,13 @@ impl Family {
         }
     }
 
+    pub fn loopback(self) -> IpAddr {
+        match self {
+            Family::V4 => Ipv4Addr::LOCALHOST.into(),
+            Family::V6 => Ipv6Addr::LOCALHOST.into(),
+        }
+    }
+
     /// `IPv4` or `IPv6`.
     pub fn name(self) -> &'static str {
         match self {
@@ -280,7 +287,7 @@ impl Topology {
                 format!("address add {own4} peer {far4} dev {wire}"),
                 format!("address add {own6} peer {far6} dev {wire} nodad"),
                 format!("route add 10.77.{index}.0/24 via {far4} dev {wire} src {own4}"),
-                format!("route add fd77:{index}::/64 via {far6} dev {wire} src {own6}"),
+                format!("route add fd77:{index}::/64 via {far6} dev {wire} src {own6} onlink"),
             ])?;
         }
         Ok(())

@@ -9,7 +9,7 @@ use super::cache_dir;
 use crate::ui;
 
 const BPF_LINKER: &str = "0.13.0";
-const CARGO_DENY: &str = "0.20";
+const CARGO_DENY: &str = "^0.20";
 
 /// What the eBPF build needs: the sources of `core`, and `bpf-linker` linked against the
 /// toolchain's own LLVM. Returns the linker's path.
@@ -28,7 +28,7 @@ pub fn ensure_cargo_deny() -> Result<PathBuf> {
     ui::line(format!("building cargo-deny {CARGO_DENY} into {} (some minutes, once)", tools.display()));
     ui::run(
         "building cargo-deny",
-        cargo_install(&tools).args(["cargo-deny", "--version", CARGO_DENY, "--no-default-features"]),
+        cargo_install(&tools).args(["cargo-deny", "--version", CARGO_DENY]),
     )?;
     ensure!(runs(&program), "{} was built and does not run", program.display());
     Ok(program)

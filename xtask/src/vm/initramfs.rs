@@ -95,7 +95,7 @@ fn init_script(nonce: &str) -> String {
 /bin/busybox mkdir -p /busybox
 /bin/busybox --install -s /busybox
 /busybox/rm -f /busybox/modprobe /busybox/insmod /busybox/lsmod /busybox/depmod /busybox/ip
-export PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:/busybox HOME=/root
+export PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:/busybox HOME=/root TERM=dumb
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev

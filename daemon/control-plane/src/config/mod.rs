@@ -174,7 +174,7 @@ impl MeshConfig {
         check::check(path, mesh)
     }
 
-    /// Folders in which a change of a file may change this configuration.
+    /// The other files that this configuration depends on.
     pub(crate) fn token_files(&self) -> impl Iterator<Item = &Path> {
         self.nodes.iter().map(|node| node.token_file.as_path())
     }

@@ -183,7 +183,7 @@ const ERRORS: &[(&str, &str, &str)] = &[
     (
         "ports: [8080]",
         "ports: [-1]",
-        "mesh.yaml:27:22: policies[0].rules[0].to[0].ports[0]: -1 is not a port",
+        "mesh.yaml:27:23: policies[0].rules[0].to[0].ports[0]: -1 is not a port",
     ),
     (
         "[{ports: [8080]}]",

@@ -15,7 +15,9 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, setns, unshare};
-use ringfence_bpf_common::{Addr, Endpoint, Mask, POD_READY, Pod, PolicySet, WORKLOAD_MESH, Workload};
+use ringfence_bpf_common::{
+    Addr, Endpoint, Mask, POD_READY, Pod, PolicySet, WORKLOAD_MESH, Workload,
+};
 use ringfence_datapath::{Datapath, Options, netns_cookie};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -79,7 +81,10 @@ impl Netns {
 
     pub fn ip(&self, arguments: &str) {
         self.run(|| {
-            let output = Command::new("ip").args(arguments.split(' ')).output().unwrap();
+            let output = Command::new("ip")
+                .args(arguments.split(' '))
+                .output()
+                .unwrap();
             let error = String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success(), "ip {arguments}: {error}");
         });
@@ -131,10 +136,14 @@ impl Lab {
         ));
         let datapath = load(&pin_dir);
         let (pod, wire) = (Netns::new(), Netns::new());
-        pod.ip(&format!("link add eth0 type veth peer name eth0 netns {}", wire.path()));
-        for (netns, addresses) in
-            [(&pod, &[POD4, POD6][..]), (&wire, &[PLAIN4, PLAIN6, MESH4, MESH6][..])]
-        {
+        pod.ip(&format!(
+            "link add eth0 type veth peer name eth0 netns {}",
+            wire.path()
+        ));
+        for (netns, addresses) in [
+            (&pod, &[POD4, POD6][..]),
+            (&wire, &[PLAIN4, PLAIN6, MESH4, MESH6][..]),
+        ] {
             netns.ip("link set eth0 up");
             for address in addresses {
                 match address {
@@ -144,14 +153,22 @@ impl Lab {
             }
         }
         let cookie = pod.cookie();
-        Lab { datapath, pod, wire, cookie, pin_dir }
+        Lab {
+            datapath,
+            pod,
+            wire,
+            cookie,
+            pin_dir,
+        }
     }
 
     /// An enrolled pod that everybody may talk to, and a peer that is in the mesh.
     pub fn new() -> Lab {
         let lab = Lab::bare();
         for address in [MESH4, MESH6] {
-            let workload = Workload { flags: WORKLOAD_MESH };
+            let workload = Workload {
+                flags: WORKLOAD_MESH,
+            };
             lab.datapath.put_workload(address.into(), workload).unwrap();
         }
         lab.install(&PolicySet::default(), &[(0, Mask::NONE)]);
@@ -160,7 +177,9 @@ impl Lab {
     }
 
     pub fn enrol(&self) {
-        self.datapath.enrol(self.pod.file.as_fd(), self.cookie, &self.entry()).unwrap();
+        self.datapath
+            .enrol(self.pod.file.as_fd(), self.cookie, &self.entry())
+            .unwrap();
     }
 
     pub fn entry(&self) -> Pod {
@@ -184,7 +203,9 @@ impl Lab {
             destination6: Mask::ALL,
             ..*set
         };
-        self.datapath.install_set(SET, &set, identities, &[], &[]).unwrap();
+        self.datapath
+            .install_set(SET, &set, identities, &[], &[])
+            .unwrap();
     }
 
     /// What an agent that is started anew does.
@@ -196,6 +217,25 @@ impl Lab {
         &self.pin_dir
     }
 
+    /// Routes answers to the last hop's clients back into the pod, as the agent does.
+    pub fn route_last_hops(&self) {
+        self.pod.run(|| {
+            for (name, value) in [
+                ("ipv4/tcp_fwmark_accept", "1"),
+                ("ipv4/fwmark_reflect", "1"),
+                ("ipv6/fwmark_reflect", "1"),
+            ] {
+                std::fs::write(format!("/proc/sys/net/{name}"), value).unwrap();
+            }
+        });
+        for family in ["-4", "-6"] {
+            self.pod
+                .ip(&format!("{family} rule add fwmark 0x111/0xfff lookup 100"));
+        }
+        self.pod.ip("-4 route add local 0.0.0.0/0 dev lo table 100");
+        self.pod.ip("-6 route add local ::/0 dev lo table 100");
+    }
+
     /// The agent's listener for redirected connections.
     pub fn agent(&self, address: IpAddr) -> TcpListener {
         self.pod.listen(SocketAddr::new(address, OUTBOUND))
@@ -203,7 +243,11 @@ impl Lab {
 
     pub fn counter(&self, name: &str) -> u64 {
         let counters = self.datapath.counters().unwrap();
-        counters.iter().find(|(counter, _)| *counter == name).unwrap().1
+        counters
+            .iter()
+            .find(|(counter, _)| *counter == name)
+            .unwrap()
+            .1
     }
 }
 
@@ -216,7 +260,10 @@ impl Drop for Lab {
 }
 
 fn load(pin_dir: &std::path::Path) -> Datapath {
-    let options = Options { pin_dir: pin_dir.into(), cgroup: None };
+    let options = Options {
+        pin_dir: pin_dir.into(),
+        cgroup: None,
+    };
     Datapath::load(options).unwrap_or_else(|error| panic!("{error}"))
 }
 
