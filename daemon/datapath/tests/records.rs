@@ -147,7 +147,7 @@ fn many_connections_in_the_backlog_keep_their_own_records() {
         .run(|| std::fs::write("/proc/sys/net/core/somaxconn", "4096"))
         .unwrap();
     lab.pod.run(|| agent.listen(4096)).unwrap();
-    let apps: Vec<_> = (1..=1000)
+    let apps: Vec<_> = (1..=500)
         .map(|port| lab.pod.connect(at(MESH4, port)).unwrap())
         .collect();
     for app in &apps {
