@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// The compiled policies of one workload.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct CompiledSet {
     /// The entry of `POLICY_SETS`.
     pub set: PolicySet,

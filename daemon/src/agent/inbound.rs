@@ -10,6 +10,7 @@ use ringfence_identity::{ExpectedPeer, PeerVerifier, tls};
 use tokio::net::TcpStream;
 
 use super::pods::{Pod, is_agent_port};
+use super::policy::Judged;
 use super::sockets::{self, ConnectError};
 use super::streams::{Direction, Stream};
 use super::{Agent, TUNNEL_ALPN};
@@ -78,8 +79,8 @@ async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, mut tunnel: Tunnel) {
                 return;
             }
         };
-        let app = match last_hop(agent, pod, &tunnel, &open).await {
-            Ok(app) => app,
+        let (app, judged) = match last_hop(agent, pod, &tunnel, &open).await {
+            Ok(admitted) => admitted,
             Err(reason) => {
                 agent.metrics.refused(reason.as_str());
                 tracing::info!(
@@ -106,6 +107,8 @@ async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, mut tunnel: Tunnel) {
             peer: tunnel.peer().id().to_string().into(),
             handle: Arc::default(),
             since: Instant::now(),
+            pod: pod.clone(),
+            judged: Some(judged),
         };
         match agent.relay(app, tunnel, stream).await {
             Some(reusable) => tunnel = reusable,
@@ -120,7 +123,7 @@ async fn last_hop(
     pod: &Pod,
     tunnel: &Tunnel,
     open: &Open,
-) -> Result<TcpStream, RefuseReason> {
+) -> Result<(TcpStream, Judged), RefuseReason> {
     // A tunnel outlives the handshake; the certificate it was made with must not.
     if tunnel.peer().not_after() < status::now().cast_signed() {
         return Err(RefuseReason::CertificateExpired);
@@ -147,7 +150,7 @@ async fn last_hop(
         })?;
     let connect =
         || sockets::start_last_hop(&agent.datapath, &pod.netns, identity, client, destination);
-    let started = pod
+    let (set, started) = pod
         .policy
         .with_identity(&agent.identities, &agent.datapath, identity, connect)
         .map_err(|error| {
@@ -167,9 +170,16 @@ async fn last_hop(
             RefuseReason::Internal
         }
     };
-    sockets::finish(started.map_err(refused)?)
+    let app = sockets::finish(started.map_err(refused)?)
         .await
-        .map_err(refused)
+        .map_err(refused)?;
+    let judged = Judged {
+        set,
+        identity,
+        source: client,
+        destination,
+    };
+    Ok((app, judged))
 }
 
 /// Whether the peer may speak for `client`: CIDR policy would be forgeable otherwise.

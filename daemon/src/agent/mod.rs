@@ -16,6 +16,7 @@ mod sync;
 mod updates;
 mod watch;
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,10 +24,10 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWrite
 use std::time::Duration;
 
 use anyhow::Context;
-use ktls_offload::{KernelSuites, RecordLayer, SoftwareReason, Tunnel, TunnelConfig};
+use ktls_offload::{KernelSuites, RecordLayer, ResetReason, SoftwareReason, Tunnel, TunnelConfig};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use ringfence_bpf_common::Reason;
-use ringfence_datapath::{Datapath, Options};
+use ringfence_datapath::{Datapath, DatapathError, Options};
 use ringfence_identity::{
     CaClient, CaClientConfig, ManagerConfig, SvidManager, SvidState, SvidStatus, TrustBundles,
 };
@@ -120,7 +121,13 @@ impl Agent {
         );
         let (source, destination, handle) =
             (stream.source, stream.destination, stream.handle.clone());
+        let (pod, judged) = (stream.pod.clone(), stream.judged);
         let _listed = self.activity.enter(stream);
+        // On the list first, then this look: a policy that changed in between is seen
+        // either here or by whoever changed it.
+        if judged.is_some_and(|j| j.set != pod.policy.set() && !pod.policy.admits(&j)) {
+            handle.cut(ResetReason::PolicyChanged);
+        }
         let end = ktls_offload::relay(app, tunnel, handle).await;
         let outcome = end.outcome.as_str();
         self.metrics.stream_ended(outcome);
@@ -260,6 +267,7 @@ pub async fn run(
 
     let mut roster = Roster::default();
     roster.wanted(&agent, agent.config.pods.clone()).await;
+    roster.forget_others(&agent);
 
     let (ads, state) = AdsClient::new(ads_config(&agent.config), Updates(agent.clone()));
     agent.control_plane.get_or_init(|| state);
@@ -292,7 +300,7 @@ async fn supervise(
                 Err(error) => tracing::error!(%error, "the changed configuration is not used"),
             },
             _ = tick.tick() => {
-                roster.retry(agent).await;
+                roster.tend(agent).await;
                 agent.pool.sweep().await;
             }
         }
@@ -314,6 +322,28 @@ fn reconcile(agent: &Agent, tables: &mut Tables) {
             tracing::error!(%error, pod = pod.config.name, "the pod's kernel tables are not up to date");
         }
     }
+    // Once: from then on each pod's policy removes what it replaces.
+    if tables.take_inherited()
+        && let Err(error) = remove_unused_sets(agent)
+    {
+        tracing::error!(%error, "policy sets of an earlier agent cannot be removed");
+    }
+}
+
+/// Removes the policy sets that no pod points at: those that an earlier agent left.
+fn remove_unused_sets(agent: &Agent) -> Result<(), DatapathError> {
+    let mut used = HashSet::new();
+    for cookie in agent.datapath.pods()? {
+        used.extend(agent.datapath.pod(cookie)?.map(|pod| pod.policy_set));
+    }
+    // A held pod points at none and comes back to the set it had.
+    used.extend(agent.pods.list().iter().map(|pod| pod.policy.set()));
+    for set in agent.datapath.policy_sets()? {
+        if !used.contains(&set) {
+            agent.datapath.remove_set(set)?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes the kernel's refusals to the log. A lost event is counted, never a verdict.

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::OnceLock;
@@ -54,6 +55,17 @@ impl Netns {
     /// The open namespace.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// Whether `path` still leads to this namespace. Our own descriptors keep a namespace
+    /// alive that its owner has deleted, so its end shows only here.
+    pub fn is_at(&self, path: &Path) -> bool {
+        let same =
+            |a: std::fs::Metadata, b: std::fs::Metadata| a.ino() == b.ino() && a.dev() == b.dev();
+        match (std::fs::metadata(path), self.file.metadata()) {
+            (Ok(there), Ok(ours)) => same(there, ours),
+            _ => false,
+        }
     }
 
     /// Runs `work` on this thread with the namespace entered.

@@ -74,7 +74,7 @@ pub fn spawn(agent: &Arc<Agent>, pod: &Arc<Pod>, stream: TcpStream, source: Sock
     tokio::spawn(async move {
         let source = canonical(source);
         match carry(&agent, &pod, &stream, source).await {
-            Ok((tunnel, key, open)) => relay(&agent, stream, tunnel, key, open).await,
+            Ok((tunnel, key, open)) => relay(&agent, pod, stream, tunnel, key, open).await,
             Err(refusal) => {
                 agent.metrics.refused(refusal.label());
                 tracing::info!(pod = pod.config.name, %source, reason = refusal.label(), error = %refusal, "connection refused");
@@ -159,7 +159,14 @@ fn destination_of(
     }
 }
 
-async fn relay(agent: &Arc<Agent>, app: TcpStream, mut tunnel: Tunnel, key: Key, open: Open) {
+async fn relay(
+    agent: &Arc<Agent>,
+    pod: Arc<Pod>,
+    app: TcpStream,
+    mut tunnel: Tunnel,
+    key: Key,
+    open: Open,
+) {
     if let Err(error) = tunnel.open(open).await {
         agent.metrics.refused("tunnel-failed");
         tracing::info!(%error, "tunnel failed before the stream began");
@@ -175,6 +182,8 @@ async fn relay(agent: &Arc<Agent>, app: TcpStream, mut tunnel: Tunnel, key: Key,
         peer: tunnel.peer().id().to_string().into(),
         handle: Arc::default(),
         since: Instant::now(),
+        pod,
+        judged: None,
     };
     if let Some(tunnel) = agent.relay(app, tunnel, stream).await {
         agent.pool.put(key, tunnel);

@@ -5,6 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use ktls_offload::ResetReason;
 use ringfence_bpf_common::{Addr, POD_READY, Pod as KernelPod};
 use ringfence_datapath::DatapathError;
 use ringfence_policies::{CompiledSet, compile};
@@ -14,6 +15,7 @@ use tokio::task::JoinSet;
 use super::mesh::{Mesh, Workload};
 use super::netns::{Netns, ipv6_enabled};
 use super::policy::{PodPolicy, by_family};
+use super::streams::Stream;
 use super::{Agent, inbound, outbound};
 use crate::config::PodConfig;
 use crate::status;
@@ -237,8 +239,34 @@ pub async fn enrol(
     Ok(pod)
 }
 
+/// Whether a stream that was admitted meets a policy that refuses it.
+pub fn no_longer_admitted(pod: &Pod, stream: &Stream) -> Option<ResetReason> {
+    let judged = stream.judged.as_ref()?;
+    (!pod.policy.admits(judged)).then_some(ResetReason::PolicyChanged)
+}
+
+/// Ends live streams of a pod.
+fn cut(agent: &Agent, pod: &Pod, reason: impl Fn(&Stream) -> Option<ResetReason>) {
+    let cookie = pod.netns.cookie();
+    let number = agent.activity.cut(|s| {
+        if s.pod.netns.cookie() == cookie {
+            reason(s)
+        } else {
+            None
+        }
+    });
+    if number > 0 {
+        tracing::info!(
+            pod = pod.config.name,
+            number,
+            "live streams are no longer admitted: ended"
+        );
+    }
+}
+
 /// Ends interception of a pod.
 pub fn withdraw(agent: &Agent, pod: &Pod) -> Result<(), DatapathError> {
+    cut(agent, pod, |_| Some(ResetReason::WorkloadGone));
     agent.pods.remove(pod.netns.cookie());
     if let Some(workload) = pod.workload() {
         agent.svids.release(&workload.identity);
@@ -287,7 +315,7 @@ pub fn refresh(agent: &Agent, pod: &Pod, mesh: &Mesh) -> Result<(), DatapathErro
         Some(workload) => {
             let compiled = compile_for(workload, mesh);
             problems = compiled.problems.iter().map(ToString::to_string).collect();
-            pod.policy.replace(
+            let changed = pod.policy.replace(
                 compiled,
                 &agent.set_numbers,
                 &agent.identities,
@@ -298,10 +326,16 @@ pub fn refresh(agent: &Agent, pod: &Pod, mesh: &Mesh) -> Result<(), DatapathErro
                         .update_pod(cookie, &kernel_pod(Some(workload), set))
                 },
             )?;
+            if changed {
+                cut(agent, pod, |stream| no_longer_admitted(pod, stream));
+            }
         }
         // Before the first sync what is pinned goes on deciding.
         None if !agent.synced() => {}
-        None => agent.datapath.update_pod(cookie, &kernel_pod(None, 0))?,
+        None => {
+            agent.datapath.update_pod(cookie, &kernel_pod(None, 0))?;
+            cut(agent, pod, |_| Some(ResetReason::WorkloadGone));
+        }
     }
     if problems != pod.read().problems {
         for problem in &problems {

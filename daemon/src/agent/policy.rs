@@ -1,14 +1,15 @@
 //! The compiled policies of a pod in the kernel, and the identities prepared for them.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
-use ringfence_bpf_common::IDENTITY_NONE;
+use ringfence_bpf_common::{Addr, IDENTITY_NONE, Query, authorize};
 use ringfence_datapath::{Datapath, DatapathError, SourcePrefix};
 use ringfence_identity::SpiffeId;
-use ringfence_policies::{CompiledSet, Peer, PeerError, PolicyStore, WorkloadAddresses};
+use ringfence_policies::{CompiledSet, Peer, PeerError, PolicyStore, Tables, WorkloadAddresses};
 
 use crate::status;
 
@@ -60,12 +61,10 @@ impl SetNumbers {
         SetNumbers(AtomicU32::new(highest))
     }
 
-    fn next(&self) -> u32 {
+    fn next(&self) -> NonZeroU32 {
         // 0 means "no set"; it comes round after four billion policy changes.
-        self.0
-            .fetch_add(1, Ordering::Relaxed)
-            .wrapping_add(1)
-            .max(1)
+        let number = self.0.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN)
     }
 }
 
@@ -73,50 +72,85 @@ impl SetNumbers {
 #[derive(Debug, Default)]
 pub struct PodPolicy(RwLock<Installed>);
 
+/// The set in force: `set` 0 is none, which denies.
 #[derive(Debug, Default)]
 struct Installed {
     set: u32,
-    compiled: Option<Arc<CompiledSet>>,
-    bound: Mutex<HashSet<u32>>,
+    compiled: CompiledSet,
+    /// What the kernel has of this set.
+    mirror: Mutex<Mirror>,
+}
+
+/// The kernel's tables of one set, for judging live streams by them again.
+#[derive(Debug, Default)]
+struct Mirror {
+    tables: Tables,
+    /// Identities that are prepared.
+    bound: HashSet<u32>,
+}
+
+/// What a live stream was admitted as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Judged {
+    /// The policy set that admitted it.
+    pub set: u32,
+    pub identity: u32,
+    pub source: IpAddr,
+    pub destination: SocketAddr,
 }
 
 impl PodPolicy {
-    /// The set that decides now; 0 = none, which denies.
+    /// The set that decides now.
     pub fn set(&self) -> u32 {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).set
+        self.read().set
     }
 
     /// Runs `connect` (which enters the kernel's `authorize()`) while the identity is
-    /// prepared for the set that decides: the set cannot be exchanged in between.
+    /// prepared for the set that decides: the set cannot be exchanged in between. Returns
+    /// that set beside the result.
     pub fn with_identity<T>(
         &self,
         identities: &Identities,
         datapath: &Datapath,
         identity: u32,
         connect: impl FnOnce() -> T,
-    ) -> Result<T, DatapathError> {
-        let installed = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(compiled) = &installed.compiled {
-            let mut bound = installed
-                .bound
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            if !bound.contains(&identity)
-                && let Some(peer) = identities.peer(identity)
-            {
-                datapath.bind_identity(
-                    installed.set,
-                    identity,
-                    &compiled.identity_mask(Some(&peer)),
-                )?;
-                bound.insert(identity);
+    ) -> Result<(u32, T), DatapathError> {
+        let installed = self.read();
+        let mut mirror = installed.lock_mirror();
+        if let Some(set) = NonZeroU32::new(installed.set)
+            && let Some(number) = NonZeroU32::new(identity)
+            && let Some(peer) = identities.peer(identity)
+            && mirror.bound.insert(identity)
+        {
+            let mask = installed.compiled.identity_mask(Some(&peer));
+            if let Err(error) = datapath.bind_identity(set.get(), identity, &mask) {
+                mirror.bound.remove(&identity);
+                return Err(error);
             }
+            mirror
+                .tables
+                .insert_identity(set, &installed.compiled, number, &peer);
         }
-        Ok(connect())
+        drop(mirror);
+        Ok((installed.set, connect()))
+    }
+
+    /// Judges a live stream by the policies that decide now.
+    pub fn admits(&self, stream: &Judged) -> bool {
+        let installed = self.read();
+        let query = Query {
+            set: installed.set,
+            identity: stream.identity,
+            source: Addr::from(stream.source),
+            port: stream.destination.port(),
+            destination_v4: stream.destination.is_ipv4(),
+        };
+        authorize(&installed.lock_mirror().tables, &query).allows()
     }
 
     /// Puts a new set in place. `activate` points the pod at it: one map update, before
-    /// which the old set decides alone and after which the new one does.
+    /// which the old set decides alone and after which the new one does. Says whether
+    /// anything changed: then live streams are to be judged again.
     pub fn replace(
         &self,
         compiled: CompiledSet,
@@ -124,45 +158,57 @@ impl PodPolicy {
         identities: &Identities,
         datapath: &Datapath,
         activate: impl FnOnce(u32) -> Result<(), DatapathError>,
-    ) -> Result<(), DatapathError> {
+    ) -> Result<bool, DatapathError> {
         let mut installed = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if installed.compiled.as_deref() == Some(&compiled) {
-            return activate(installed.set);
-        }
         let old = installed.set;
+        if old != 0 && installed.compiled == compiled {
+            activate(old)?;
+            return Ok(false);
+        }
         let set = numbers.next();
-        let bound = std::mem::take(
-            installed
-                .bound
-                .get_mut()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
         let mut masks = vec![(IDENTITY_NONE, compiled.identity_mask(None))];
-        for number in &bound {
-            if let Some(peer) = identities.peer(*number) {
+        let mut mirror = Mirror::default();
+        mirror.tables.insert(set, &compiled);
+        for number in &installed.lock_mirror().bound {
+            if let (Some(peer), Some(nonzero)) =
+                (identities.peer(*number), NonZeroU32::new(*number))
+            {
                 masks.push((*number, compiled.identity_mask(Some(&peer))));
+                mirror
+                    .tables
+                    .insert_identity(set, &compiled, nonzero, &peer);
+                mirror.bound.insert(*number);
             }
         }
-        let prefix = |p: &ringfence_policies::SourcePrefix| SourcePrefix {
-            addr: p.addr,
-            len: p.length,
-        };
-        let sources: Vec<_> = compiled
-            .sources
-            .iter()
-            .map(|(p, mask)| (prefix(p), *mask))
-            .collect();
-        datapath.install_set(set, &compiled.set, &masks, &sources, &compiled.ports)?;
-        activate(set)?;
+        let sources = compiled.sources.iter().map(|(prefix, mask)| {
+            let prefix = SourcePrefix {
+                addr: prefix.addr,
+                len: prefix.length,
+            };
+            (prefix, *mask)
+        });
+        let sources: Vec<_> = sources.collect();
+        datapath.install_set(set.get(), &compiled.set, &masks, &sources, &compiled.ports)?;
+        activate(set.get())?;
         *installed = Installed {
-            set,
-            compiled: Some(Arc::new(compiled)),
-            bound: Mutex::new(bound),
+            set: set.get(),
+            compiled,
+            mirror: Mutex::new(mirror),
         };
         if old != 0 {
             datapath.remove_set(old)?;
         }
-        Ok(())
+        Ok(true)
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Installed> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Installed {
+    fn lock_mirror(&self) -> MutexGuard<'_, Mirror> {
+        self.mirror.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

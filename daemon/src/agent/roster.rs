@@ -1,12 +1,13 @@
 //! Which pods are enrolled: follows the configuration, and tries again what failed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
 use super::Agent;
+use super::netns::Netns;
 use super::pods::{self, Pod};
 use crate::config::PodConfig;
 
@@ -37,10 +38,7 @@ impl Roster {
             let Some(enrolled) = self.enrolled.remove(&path) else {
                 continue;
             };
-            tracing::info!(pod = enrolled.pod.config.name, "withdrawn");
-            if let Err(error) = pods::withdraw(agent, &enrolled.pod) {
-                tracing::error!(%error, pod = enrolled.pod.config.name, "cannot be withdrawn");
-            }
+            withdraw(agent, &enrolled.pod, "no longer configured");
         }
         let new = configured
             .into_iter()
@@ -49,8 +47,21 @@ impl Roster {
         self.enrol(agent, new).await;
     }
 
-    /// Tries again what failed: the namespace may exist by now.
-    pub async fn retry(&mut self, agent: &Arc<Agent>) {
+    /// Lets go of namespaces that were deleted, and tries again what failed.
+    pub async fn tend(&mut self, agent: &Arc<Agent>) {
+        let dead: Vec<PathBuf> = self
+            .enrolled
+            .iter()
+            .filter(|(path, enrolled)| !enrolled.pod.netns.is_at(path))
+            .map(|(path, _)| path.clone())
+            .collect();
+        for path in dead {
+            if let Some(enrolled) = self.enrolled.remove(&path) {
+                withdraw(agent, &enrolled.pod, "its network namespace was deleted");
+                self.failed
+                    .push((enrolled.pod.config.clone(), String::new()));
+            }
+        }
         if !self.failed.is_empty() {
             let again = self
                 .failed
@@ -58,6 +69,30 @@ impl Roster {
                 .map(|(config, _)| config.clone())
                 .collect();
             self.enrol(agent, again).await;
+        }
+    }
+
+    /// Withdraws what an earlier agent left enrolled and nobody wants any more: it would be
+    /// intercepted with nobody to serve it.
+    pub fn forget_others(&self, agent: &Agent) {
+        let served = self
+            .enrolled
+            .values()
+            .map(|enrolled| enrolled.pod.netns.cookie());
+        let to_come = self
+            .failed
+            .iter()
+            .filter_map(|(config, _)| Netns::open(&config.netns).ok());
+        let wanted: HashSet<u64> = served.chain(to_come.map(|netns| netns.cookie())).collect();
+        let forgotten = agent.datapath.pods().and_then(|pinned| {
+            for cookie in pinned.into_iter().filter(|cookie| !wanted.contains(cookie)) {
+                tracing::info!(cookie, "a pod that is no longer configured is withdrawn");
+                agent.datapath.withdraw(cookie)?;
+            }
+            agent.datapath.collect_dead_pods()
+        });
+        if let Err(error) = forgotten {
+            tracing::error!(%error, "what an earlier agent left cannot be withdrawn");
         }
     }
 
@@ -87,5 +122,12 @@ impl Roster {
         }
         agent.pods.set_failed(self.failed.clone());
         agent.changed.notify_one();
+    }
+}
+
+fn withdraw(agent: &Agent, pod: &Pod, why: &str) {
+    tracing::info!(pod = pod.config.name, why, "withdrawn");
+    if let Err(error) = pods::withdraw(agent, pod) {
+        tracing::error!(%error, pod = pod.config.name, "cannot be withdrawn");
     }
 }

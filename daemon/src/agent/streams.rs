@@ -7,8 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use ktls_offload::StreamHandle;
+use ktls_offload::{ResetReason, StreamHandle};
 
+use super::pods::Pod;
+use super::policy::Judged;
 use crate::status;
 
 /// Handshakes kept for the status page.
@@ -46,6 +48,10 @@ pub struct Stream {
     pub peer: Arc<str>,
     pub handle: Arc<StreamHandle>,
     pub since: Instant,
+    /// Our pod: the source of an outbound stream, the destination of an inbound one.
+    pub pod: Arc<Pod>,
+    /// Inbound: what the kernel admitted it as.
+    pub judged: Option<Judged>,
 }
 
 /// The live streams and the last handshakes.
@@ -65,6 +71,16 @@ impl Activity {
             activity: self.clone(),
             key,
         }
+    }
+
+    /// Ends the streams for which `reason` gives one, and says how many. The other side
+    /// gets a RESET and both applications a reset.
+    pub fn cut(&self, reason: impl Fn(&Stream) -> Option<ResetReason>) -> usize {
+        let streams = lock(&self.streams);
+        let doomed = streams.values().filter_map(|s| reason(s).map(|r| (s, r)));
+        doomed
+            .map(|(stream, reason)| stream.handle.cut(reason))
+            .count()
     }
 
     /// Remembers a handshake.

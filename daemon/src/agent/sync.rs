@@ -19,6 +19,8 @@ pub struct Tables {
     network: String,
     workloads: HashMap<Addr, KernelWorkload>,
     services: HashMap<ServiceKey, Vec<Backend>>,
+    /// What an earlier agent left has not been looked through yet.
+    inherited: bool,
 }
 
 impl Tables {
@@ -34,7 +36,13 @@ impl Tables {
                 .into_iter()
                 .map(|key| (key, Vec::new()))
                 .collect(),
+            inherited: true,
         })
+    }
+
+    /// Whether what an earlier agent left is still to be looked through; true once.
+    pub fn take_inherited(&mut self) -> bool {
+        std::mem::take(&mut self.inherited)
     }
 
     /// Makes the kernel's tables those of `mesh`. New and changed entries come first, then
