@@ -83,7 +83,7 @@ async fn answer(
         },
         (&Method::GET, "/metrics") => {
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-            (StatusCode::OK, kind, agent.metrics().encode().into())
+            (StatusCode::OK, kind, agent.metrics_text().into())
         }
         _ => (
             StatusCode::NOT_FOUND,

@@ -6,12 +6,13 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use nix::sys::resource::Resource;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::AgentConfig;
-use crate::{admin, agent};
+use crate::{admin, agent, status};
 
 /// A per-node zero-trust security plane: transparent mutual TLS with kernel records,
 /// L4 authorization in eBPF.
@@ -59,6 +60,15 @@ enum Command {
         /// The metrics, in OpenMetrics text, instead.
         #[arg(long)]
         metrics: bool,
+    },
+    /// Show the certificates an agent holds, and the time they have left.
+    Certs {
+        /// The agent's admin socket.
+        #[arg(long, default_value = "/run/ringfence/agent.sock")]
+        socket: PathBuf,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Remove what an agent pinned in the kernel: interception and enforcement end. Pods
     /// that were enrolled send plaintext from then on.
@@ -110,6 +120,7 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
                 println!("{}: good", config.display());
                 return Ok(());
             }
+            keep_out_of_core_dumps();
             agent::run(loaded, &config, shutdown_signal()?).await
         }
         Command::ControlPlane { config, check } => control_plane(&config, check).await,
@@ -129,6 +140,14 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
                 }
             };
             print(&text)
+        }
+        Command::Certs { socket, json } => {
+            let svids = admin::fetch_status(&socket).await?.svids;
+            print(&if json {
+                serde_json::to_string_pretty(&svids)?
+            } else {
+                status::certificates(&svids)
+            })
         }
         Command::Uninstall { pin_dir } => {
             ringfence_datapath::remove(&pin_dir)?;
@@ -154,6 +173,7 @@ async fn control_plane(config: &Path, check: bool) -> anyhow::Result<()> {
         );
         return Ok(());
     }
+    keep_out_of_core_dumps();
     let stop = CancellationToken::new();
     let signal = shutdown_signal()?;
     let stopper = stop.clone();
@@ -162,6 +182,15 @@ async fn control_plane(config: &Path, check: bool) -> anyhow::Result<()> {
         stopper.cancel();
     });
     Ok(ringfence_control_plane::run(config, stop).await?)
+}
+
+/// Keys live in this process: no core dump, and no `ptrace` by others of the same user.
+fn keep_out_of_core_dumps() {
+    let set = nix::sys::prctl::set_dumpable(false)
+        .and_then(|()| nix::sys::resource::setrlimit(Resource::RLIMIT_CORE, 0, 0));
+    if let Err(error) = set {
+        tracing::warn!(%error, "a core dump of this process would hold keys");
+    }
 }
 
 /// Completes on SIGTERM or SIGINT.

@@ -293,6 +293,13 @@ pods:
     }
 
     #[test]
+    fn the_documented_example_is_good() {
+        let text = include_str!("../../deploy/examples/agent.yaml");
+        let config = parse(text).unwrap();
+        assert_eq!(config.admin_socket, default_admin_socket());
+    }
+
+    #[test]
     fn unknown_field_is_refused_with_file_and_line() {
         let text = GOOD.replace("  token: /tmp/token\n", "  token: /tmp/token\n  tokn: x\n");
         let error = parse(&text).unwrap_err().to_string();

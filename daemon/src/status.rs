@@ -176,23 +176,7 @@ impl Status {
             &["pod", "addresses", "identity", "state", "reason"],
             self.pods.iter().map(rows),
         )?;
-        let now = now().cast_signed();
-        table(
-            out,
-            "svids",
-            &["identity", "state", "expires in", "serial", "issuer"],
-            self.svids.iter().map(|s| {
-                vec![
-                    s.id.clone(),
-                    s.error
-                        .clone()
-                        .map_or(s.state.clone(), |e| format!("{}: {e}", s.state)),
-                    format!("{} s", s.not_after.saturating_sub(now).max(0)),
-                    s.serial.clone(),
-                    s.issuer.clone(),
-                ]
-            }),
-        )?;
+        out.push_str(&certificates(&self.svids));
         table(
             out,
             "streams",
@@ -256,6 +240,40 @@ impl Status {
                 .filter(|(_, v)| **v > 0)
                 .map(|(k, v)| vec![k.clone(), v.to_string()]),
         )
+    }
+}
+
+/// The table of `ringfence certs`.
+pub fn certificates(svids: &[Svid]) -> String {
+    let now = now().cast_signed();
+    let rows = svids.iter().map(|s| {
+        let state = match &s.error {
+            Some(error) => format!("{}: {error}", s.state),
+            None => s.state.clone(),
+        };
+        vec![
+            s.id.clone(),
+            state,
+            left(s.not_after.saturating_sub(now)),
+            s.serial.clone(),
+            s.issuer.clone(),
+        ]
+    });
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let head = ["identity", "state", "expires in", "serial", "issuer"];
+    let _ = table(&mut out, "svids", &head, rows);
+    out
+}
+
+/// A span of time as people read it.
+fn left(seconds: i64) -> String {
+    match seconds {
+        ..=0 => "EXPIRED".into(),
+        s if s < 120 => format!("{s} s"),
+        s if s < 7200 => format!("{} min", s / 60),
+        s if s < 172_800 => format!("{} h", s / 3600),
+        s => format!("{} d", s / 86_400),
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 /// Label set with one reason.
@@ -32,6 +33,8 @@ pub struct Metrics {
     handshake_failures: Reasons,
     /// Resources of the control plane that were rejected.
     pub rejected_resources: Counter,
+    /// Seconds that each certificate is still valid.
+    svid_seconds_left: Family<[(&'static str, String); 1], Gauge>,
 }
 
 impl Default for Metrics {
@@ -52,6 +55,9 @@ impl Default for Metrics {
         let tunnels_reused = counter("tunnels_reused", "Streams that needed no handshake");
         let rejected_resources =
             counter("rejected_resources", "xDS resources refused as malformed");
+        let svid_seconds_left = Family::default();
+        let help = "Seconds that the certificate of an identity is still valid";
+        registry.register("svid_seconds_left", help, svid_seconds_left.clone());
         let mut family = |name: &str, help: &str| {
             let family = Reasons::default();
             registry.register(name, help, family.clone());
@@ -78,6 +84,7 @@ impl Default for Metrics {
             refused,
             handshake_failures,
             rejected_resources,
+            svid_seconds_left,
         }
     }
 }
@@ -105,6 +112,16 @@ impl Metrics {
         self.handshake_failures
             .get_or_create(&[("reason", reason)])
             .inc();
+    }
+
+    /// Replaces the certificates' remaining life times (identity, seconds).
+    pub fn set_svids(&self, svids: impl Iterator<Item = (String, i64)>) {
+        self.svid_seconds_left.clear();
+        for (identity, seconds) in svids {
+            self.svid_seconds_left
+                .get_or_create(&[("identity", identity)])
+                .set(seconds);
+        }
     }
 
     /// OpenMetrics text.

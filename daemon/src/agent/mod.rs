@@ -107,9 +107,14 @@ impl Agent {
         self.sync.addresses.load(Ordering::Acquire) && self.sync.policies.load(Ordering::Acquire)
     }
 
-    /// The metrics.
-    pub fn metrics(&self) -> &Metrics {
-        &self.metrics
+    /// The metrics, in OpenMetrics text.
+    pub fn metrics_text(&self) -> String {
+        let now = status::now().cast_signed();
+        let left =
+            |svid: SvidStatus| Some((svid.identity.spiffe_id().to_string(), svid.not_after? - now));
+        self.metrics
+            .set_svids(self.svids.snapshot().into_iter().filter_map(left));
+        self.metrics.encode()
     }
 
     /// Relays a stream until it ends; the tunnel comes back when it can serve another.
