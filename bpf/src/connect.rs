@@ -43,47 +43,49 @@ pub fn decide<F: Family>(ctx: &SockAddrContext) -> i32 {
     let Some(pod) = (unsafe { PODS.get(netns) }) else {
         return PASS;
     };
-    let asked = F::read(ctx);
-    let cookie = socket::cookie(ctx);
+    let call = Call {
+        netns,
+        cookie: socket::cookie(ctx),
+        pod,
+        asked: F::read(ctx),
+    };
     // SAFETY: as above.
-    if let Some(agent) = unsafe { AGENT_SOCKS.get(cookie) } {
-        return agent_connect(
-            ctx,
-            pod,
-            agent,
-            Call {
-                netns,
-                cookie,
-                asked,
-            },
-        );
+    match unsafe { AGENT_SOCKS.get(call.cookie) } {
+        Some(agent) => agent_connect(ctx, agent, &call),
+        None => app_connect::<F>(ctx, protocol == IPPROTO_MPTCP, &call),
     }
-    app_connect::<F>(
-        ctx,
-        App {
-            netns,
-            cookie,
-            pod,
-            asked,
-            mptcp: protocol == IPPROTO_MPTCP,
-        },
-    )
 }
 
 /// Who connects to what.
-struct Call {
+struct Call<'a> {
     netns: u64,
     cookie: u64,
+    pod: &'a Pod,
     asked: Endpoint,
+}
+
+impl Call<'_> {
+    /// What is to be remembered with the socket.
+    #[inline(always)]
+    fn state(&self, backend: &Endpoint, kind: u32) -> AppSocket {
+        AppSocket {
+            asked: self.asked,
+            backend: *backend,
+            netns: self.netns,
+            cookie: self.cookie,
+            kind,
+            pad: 0,
+        }
+    }
 }
 
 /// A connect of the agent's own.
 #[inline(always)]
-fn agent_connect(ctx: &SockAddrContext, pod: &Pod, agent: &AgentSocket, call: Call) -> i32 {
+fn agent_connect(ctx: &SockAddrContext, agent: &AgentSocket, call: &Call<'_>) -> i32 {
     if agent.role == AGENT_DIAL {
         return PASS;
     }
-    let asked = &call.asked;
+    let (pod, asked) = (call.pod, &call.asked);
     let verdict = if agent.role != AGENT_LAST_HOP || agent.identity == IDENTITY_NONE {
         Verdict {
             reason: Reason::UnknownIdentity,
@@ -121,17 +123,7 @@ fn agent_connect(ctx: &SockAddrContext, pod: &Pod, agent: &AgentSocket, call: Ca
         return REFUSE;
     }
     // Without it the SYN would be judged as plaintext from the wire.
-    if !socket::remember(
-        ctx,
-        AppSocket {
-            asked: *asked,
-            backend: *asked,
-            netns: call.netns,
-            cookie: call.cookie,
-            kind: SOCKET_LAST_HOP,
-            pad: 0,
-        },
-    ) {
+    if !socket::remember(ctx, call.state(asked, SOCKET_LAST_HOP)) {
         count(Counter::NoRoom);
         return REFUSE;
     }
@@ -140,27 +132,18 @@ fn agent_connect(ctx: &SockAddrContext, pod: &Pod, agent: &AgentSocket, call: Ca
 }
 
 /// A connect of an application.
-struct App<'a> {
-    netns: u64,
-    cookie: u64,
-    pod: &'a Pod,
-    asked: Endpoint,
-    mptcp: bool,
-}
-
 #[inline(always)]
-fn app_connect<F: Family>(ctx: &SockAddrContext, app: App<'_>) -> i32 {
+fn app_connect<F: Family>(ctx: &SockAddrContext, mptcp: bool, call: &Call<'_>) -> i32 {
     socket::forget(ctx);
-    let asked = &app.asked;
-    if asked.addr.is_loopback() || asked.addr.is_unspecified() || is_pods_own(app.pod, &asked.addr)
-    {
-        if is_agent_port(app.pod, asked.port) {
+    let (pod, asked) = (call.pod, &call.asked);
+    if asked.addr.is_loopback() || asked.addr.is_unspecified() || is_pods_own(pod, &asked.addr) {
+        if is_agent_port(pod, asked.port) {
             count(Counter::AgentPort);
             return REFUSE;
         }
         return PASS;
     }
-    if app.pod.flags & POD_READY == 0 {
+    if pod.flags & POD_READY == 0 {
         count(Counter::Held);
         return REFUSE;
     }
@@ -173,7 +156,7 @@ fn app_connect<F: Family>(ctx: &SockAddrContext, app: App<'_>) -> i32 {
             Some(workload) => workload.flags,
             None => 0,
         };
-        return route::<F>(ctx, &app, asked, flags, false);
+        return route::<F>(ctx, mptcp, call, asked, flags, false);
     };
     let backend = match pick(service) {
         Some(backend) => backend,
@@ -184,14 +167,15 @@ fn app_connect<F: Family>(ctx: &SockAddrContext, app: App<'_>) -> i32 {
             None => return no_endpoint(),
         },
     };
-    route::<F>(ctx, &app, &backend.endpoint, backend.flags, true)
+    route::<F>(ctx, mptcp, call, &backend.endpoint, backend.flags, true)
 }
 
 /// Sends the connect towards `target`.
 #[inline(always)]
 fn route<F: Family>(
     ctx: &SockAddrContext,
-    app: &App<'_>,
+    mptcp: bool,
+    call: &Call<'_>,
     target: &Endpoint,
     flags: u32,
     chosen: bool,
@@ -200,19 +184,11 @@ fn route<F: Family>(
         count(Counter::Refused);
         return REFUSE;
     }
-    let own = is_pods_own(app.pod, &target.addr);
-    if (own || flags & WORKLOAD_MESH != 0) && is_agent_port(app.pod, target.port) {
+    let own = is_pods_own(call.pod, &target.addr);
+    if (own || flags & WORKLOAD_MESH != 0) && is_agent_port(call.pod, target.port) {
         count(Counter::AgentPort);
         return REFUSE;
     }
-    let mut state = AppSocket {
-        asked: app.asked,
-        backend: *target,
-        netns: app.netns,
-        cookie: app.cookie,
-        kind: SOCKET_DIRECT,
-        pad: 0,
-    };
     if flags & WORKLOAD_MESH == 0 || own {
         if chosen {
             if !F::write(ctx, target) {
@@ -220,7 +196,7 @@ fn route<F: Family>(
                 return no_endpoint();
             }
             // Without storage `getpeername` names the backend: harmless.
-            socket::remember(ctx, state);
+            socket::remember(ctx, call.state(target, SOCKET_DIRECT));
         }
         count(Counter::Direct);
         return PASS;
@@ -228,23 +204,22 @@ fn route<F: Family>(
 
     // A socket bound to a device would not reach a local address through it, and an
     // MPTCP connection is another socket than the one that the record is kept with.
-    if app.mptcp || socket::bound_to_device(ctx) {
+    if mptcp || socket::bound_to_device(ctx) {
         count(Counter::Refused);
         return REFUSE;
     }
-    state.kind = SOCKET_REDIRECTED;
-    if !socket::remember(ctx, state) {
+    if !socket::remember(ctx, call.state(target, SOCKET_REDIRECTED)) {
         count(Counter::NoRoom);
         return REFUSE;
     }
     // The pod's own address rather than loopback: the kernel then chooses it as the
     // source too, and `getsockname` says what it would have said without us.
-    let listener = if app.asked.addr.is_v4() {
-        or_loopback(app.pod.addr4, Addr::v4([127, 0, 0, 1]))
+    let listener = if call.asked.addr.is_v4() {
+        or_loopback(call.pod.addr4, Addr::v4([127, 0, 0, 1]))
     } else {
-        or_loopback(app.pod.addr6, LOOPBACK6)
+        or_loopback(call.pod.addr6, LOOPBACK6)
     };
-    F::write(ctx, &Endpoint::new(listener, app.pod.outbound_port));
+    F::write(ctx, &Endpoint::new(listener, call.pod.outbound_port));
     count(Counter::Redirected);
     PASS
 }

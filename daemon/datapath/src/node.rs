@@ -8,9 +8,12 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{Map, MapData, PerCpuArray},
+    maps::{Map, MapData, PerCpuArray, lpm_trie::Key},
 };
-use ringfence_bpf_common::{Addr, AgentSocket, Counter, Flow, OriginalDst, Pod, Workload};
+use ringfence_bpf_common::{
+    Addr, AgentSocket, Backend, BackendKey, Counter, Flow, IdentityKey, Mask, OriginalDst, Pod,
+    PolicySet, PortKey, Service, ServiceKey, SourceKey, Workload,
+};
 
 use crate::{
     DatapathError, Events, attach,
@@ -55,6 +58,7 @@ impl Datapath {
             None => cgroup_root()?,
         };
         let mut ebpf = attach::load_node(&pins)?;
+        require_sizes(&pins)?;
         let datapath = Datapath {
             pods: Table::new("PODS", take(&mut ebpf, "PODS")?)?,
             workloads: Table::new("WORKLOADS", take(&mut ebpf, "WORKLOADS")?)?,
@@ -117,6 +121,38 @@ impl fmt::Debug for Datapath {
 
 fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Map, DatapathError> {
     ebpf.take_map(name).ok_or(DatapathError::Missing { name })
+}
+
+/// A pinned map is taken over by its name. Entries of another size would be read and
+/// written past the end of ours.
+fn require_sizes(pins: &Pins) -> Result<(), DatapathError> {
+    const fn of<K, V>(name: &'static str) -> (&'static str, usize, usize) {
+        (name, size_of::<K>(), size_of::<V>())
+    }
+    let sizes = [
+        of::<u64, Pod>("PODS"),
+        of::<Addr, Workload>("WORKLOADS"),
+        of::<u64, AgentSocket>("AGENT_SOCKS"),
+        of::<Flow, OriginalDst>("ORIGINAL_DST"),
+        of::<Flow, u64>("LAST_HOPS"),
+        of::<ServiceKey, Service>("SERVICES"),
+        of::<BackendKey, Backend>("BACKENDS"),
+        of::<u32, PolicySet>("POLICY_SETS"),
+        of::<IdentityKey, Mask>("POLICY_IDENTITIES"),
+        of::<PortKey, Mask>("POLICY_PORTS"),
+        of::<Key<SourceKey>, Mask>("POLICY_SOURCES"),
+        of::<u32, u64>("COUNTERS"),
+    ];
+    for (name, key, value) in sizes {
+        let path = pins.map(name);
+        let info = MapData::from_pin(&path)
+            .and_then(|map| map.info())
+            .map_err(|e| table_error("inspect", name, e))?;
+        if (info.key_size() as usize, info.value_size() as usize) != (key, value) {
+            return Err(DatapathError::OtherLayout { path });
+        }
+    }
+    Ok(())
 }
 
 /// Says beforehand what the kernel would only answer with "operation not permitted".

@@ -135,16 +135,9 @@ fn pod_whose_namespace_ended_is_collected() {
         "it lives"
     );
     lab.pod = Netns::new();
-    // The kernel takes namespaces down on a queue of its own: ask until it has.
-    let collected = (0..1000).any(|_| {
-        std::thread::yield_now();
-        let dead = lab.datapath.collect_dead_pods().unwrap();
-        if dead.is_empty() {
-            std::thread::park_timeout(std::time::Duration::from_millis(10));
-        }
-        dead == [lab.cookie]
+    eventually("the dead pod is collected", || {
+        lab.datapath.collect_dead_pods().unwrap() == [lab.cookie]
     });
-    assert!(collected);
     assert!(lab.datapath.pods().unwrap().is_empty());
 }
 
@@ -207,5 +200,25 @@ fn retired_policy_set_disappears() {
         lab.datapath
             .install_set(0, &PolicySet::default(), &[], &[], &[]),
         Err(DatapathError::ReservedSet)
+    ));
+}
+
+#[test]
+fn maps_of_another_size_are_not_taken_over() {
+    if !can_run("maps_of_another_size_are_not_taken_over") {
+        return;
+    }
+    let lab = Lab::new();
+    let pin = lab.pin_dir().join("v1").join("PODS");
+    fs::remove_file(&pin).unwrap();
+    let smaller = aya::maps::HashMap::<_, u64, u64>::create(16, 0).unwrap();
+    smaller.pin(&pin).unwrap();
+    let options = Options {
+        pin_dir: lab.pin_dir().clone(),
+        cgroup: None,
+    };
+    assert!(matches!(
+        Datapath::load(options),
+        Err(DatapathError::OtherLayout { .. })
     ));
 }

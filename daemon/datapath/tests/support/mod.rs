@@ -275,6 +275,17 @@ pub fn endpoint(address: IpAddr, port: u16) -> Endpoint {
     Endpoint::new(Addr::from(address), port)
 }
 
+/// Asks until it is so, for what the kernel does on a queue of its own.
+pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    for _ in 0..1000 {
+        if is_so() {
+            return;
+        }
+        thread::park_timeout(Duration::from_millis(10));
+    }
+    panic!("not after ten seconds: {what}");
+}
+
 /// `::ffff:a.b.c.d`
 pub fn mapped(address: IpAddr) -> IpAddr {
     match address {
