@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use nix::sys::resource::Resource;
+use ringfence_control_plane::RotationStep;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -49,6 +50,20 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Exchange the embedded CA's root in steps that lose nothing: `prepare`, then `switch`,
+    /// then `finish`. `status` says where a rotation stands and what comes next.
+    RotateRoot {
+        /// The mesh file, which names the state directory.
+        #[arg(long, short)]
+        config: PathBuf,
+        /// The step to take. Each may be repeated.
+        #[arg(value_enum)]
+        step: Step,
+        /// Do not wait until every certificate of the last step has been refreshed.
+        /// Peers that still have the old bundle are cut off.
+        #[arg(long)]
+        force: bool,
+    },
     /// Show what an agent is doing.
     Status {
         /// The agent's admin socket.
@@ -77,6 +92,30 @@ enum Command {
         #[arg(long, default_value = "/sys/fs/bpf/ringfence")]
         pin_dir: PathBuf,
     },
+}
+
+/// A step of a root rotation.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Step {
+    /// Make the next root: bundles hold both, the old one still signs.
+    Prepare,
+    /// Sign with the new root; bundles hold both.
+    Switch,
+    /// Drop the old root and destroy its key.
+    Finish,
+    /// Change nothing, say where the rotation stands.
+    Status,
+}
+
+impl From<Step> for RotationStep {
+    fn from(step: Step) -> Self {
+        match step {
+            Step::Prepare => RotationStep::Prepare,
+            Step::Switch => RotationStep::Switch,
+            Step::Finish => RotationStep::Finish,
+            Step::Status => RotationStep::Status,
+        }
+    }
 }
 
 /// Parses the command line and runs it.
@@ -124,6 +163,15 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
             agent::run(loaded, &config, shutdown_signal()?).await
         }
         Command::ControlPlane { config, check } => control_plane(&config, check).await,
+        Command::RotateRoot {
+            config,
+            step,
+            force,
+        } => {
+            let rotate = move || ringfence_control_plane::rotate(&config, step.into(), force);
+            let report = tokio::task::spawn_blocking(rotate).await??;
+            print(&report.to_string())
+        }
         Command::Status {
             socket,
             json,

@@ -68,14 +68,16 @@ impl CaService {
             Ok(seconds) if seconds > 0 => Duration::from_secs(seconds).min(state.svid_ttl()),
             _ => state.svid_ttl(),
         };
-        let signed = self.ca.sign_svid(&csr, validity)?;
+        // The leaf and the bundle are of the same moment of a rotation.
+        let roots = self.ca.roots();
+        let signed = roots.sign_svid(&csr, validity)?;
         let serial: String = signed
             .serial
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
         tracing::info!(%node, %identity, %serial, not_after = %signed.not_after, "issued an SVID");
-        Ok(vec![signed.leaf_pem, self.ca.root_pem().to_owned()])
+        Ok(vec![signed.leaf_pem, roots.bundle_pem().to_owned()])
     }
 }
 

@@ -2,6 +2,7 @@
 //! served from one YAML file.
 //!
 //! It is what a laptop, a fleet of VMs and the tests use in place of Istiod.
+//! Its root can be replaced while it runs, see [`rotate`](mod@rotate).
 //! What it does not do: watch a Kubernetes cluster, run in several replicas
 //! (the state directory is locked), revoke certificates, or distribute L7 policy.
 
@@ -11,6 +12,7 @@ mod ca;
 mod ca_service;
 mod config;
 mod reload;
+pub mod rotate;
 mod server;
 mod snapshot;
 mod state;
@@ -34,6 +36,7 @@ use crate::state::MeshState;
 pub use ca::CaError;
 pub use config::{ConfigError, Diagnostic};
 pub use reload::ReloadStatus;
+pub use rotate::{RotationError, RotationReport, RotationStep, rotate};
 
 /// Why the control plane does not run.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +46,8 @@ pub enum Error {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Ca(#[from] CaError),
+    #[error(transparent)]
+    Rotation(#[from] RotationError),
     #[error("cannot listen on {address}: {source}")]
     Listen {
         address: SocketAddr,
@@ -107,6 +112,9 @@ impl ControlPlane {
             tracing::warn!("{warning}");
         }
         let ca = Arc::new(Ca::open(&config.state_dir, &config.trust_domain)?);
+        if let Err(error) = ca.record_served(config.svid_ttl) {
+            tracing::error!(%error, "cannot record what is served: rotations of the root will be refused");
+        }
         let certificate = ServerCertificate::new(ca.clone(), &config)?;
         let listeners = server::bind(&config.listen)?;
         let addresses = server::addresses(&listeners).map_err(|source| Error::Listen {
@@ -119,6 +127,8 @@ impl ControlPlane {
             generation: 1,
             loaded: SystemTime::now(),
             rejected: None,
+            root_generation: 1,
+            roots_rejected: None,
         };
         let status = watch::Sender::new(status);
         Ok(Self {
@@ -138,12 +148,13 @@ impl ControlPlane {
         &self.addresses
     }
 
-    /// PEM of the root that all its certificates chain to, its own included.
-    pub fn root_certificate(&self) -> &str {
-        self.ca.root_pem()
+    /// PEM of the roots that its certificates chain to, its own included: one, or two
+    /// during a rotation.
+    pub fn root_certificates(&self) -> String {
+        self.ca.roots().bundle_pem().to_owned()
     }
 
-    /// Changes whenever a changed mesh file was taken or not taken.
+    /// Changes whenever a changed mesh file or changed roots were taken or not taken.
     pub fn reloads(&self) -> watch::Receiver<ReloadStatus> {
         self.status.subscribe()
     }
@@ -153,7 +164,7 @@ impl ControlPlane {
         let Self {
             path,
             hasher,
-            ca: _,
+            ca,
             certificate,
             listeners,
             addresses,
@@ -162,7 +173,7 @@ impl ControlPlane {
         } = self;
         tracing::info!(?addresses, path = %path.display(), "control plane listening");
         let receiver = state.subscribe();
-        let reloader = Reloader::new(path.clone(), hasher, state, status)
+        let reloader = Reloader::new(path.clone(), hasher, ca, state, status)
             .map_err(|source| Error::Watch { path, source })?;
         // However this ends, the tasks end with it.
         let stop = shutdown.child_token();
@@ -170,7 +181,7 @@ impl ControlPlane {
         let reload = stop.clone().run_until_cancelled_owned(reloader.run());
         let fresh = certificate.clone();
         let fresh_state = receiver.clone();
-        let keep_fresh = async move { fresh.keep_fresh(fresh_state).await };
+        let keep_fresh = async move { fresh.keep_fresh(fresh_state, SystemTime::now).await };
         let keep_fresh = stop.clone().run_until_cancelled_owned(keep_fresh);
         let (reload, keep_fresh) = (tokio::spawn(reload), tokio::spawn(keep_fresh));
         let served = server::serve(listeners, certificate, receiver, stop.clone()).await;

@@ -1,4 +1,4 @@
-//! Notices that the mesh file, or a token file, has changed.
+//! Notices that the mesh file, a token file or the CA's roots have changed.
 //!
 //! Folders are watched, not files: editors and Kubernetes replace a file by
 //! renaming another one over it, after which a watch on the file sees nothing.
@@ -13,11 +13,13 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout_at};
 
 use crate::auth::TokenHasher;
+use crate::ca::{Ca, CaError};
 use crate::config::{ConfigError, MeshConfig};
 use crate::state::MeshState;
 
-/// How the last look at the mesh file ended.
+/// How the last look at the mesh file and at the roots ended.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ReloadStatus {
     /// Counts the states that were put in force; the first is 1.
     pub generation: u64,
@@ -25,6 +27,10 @@ pub struct ReloadStatus {
     pub loaded: SystemTime,
     /// Why a newer file is not in force.
     pub rejected: Option<Arc<str>>,
+    /// Counts the sets of roots that were put in force; the first is 1.
+    pub root_generation: u64,
+    /// Why newer roots are not in force.
+    pub roots_rejected: Option<Arc<str>>,
 }
 
 /// Why a changed mesh file was not taken.
@@ -38,7 +44,8 @@ pub(crate) enum ReloadError {
 
 pub(crate) struct Reloader {
     path: PathBuf,
-    hasher: TokenHasher,
+    hasher: Arc<TokenHasher>,
+    ca: Arc<Ca>,
     state: watch::Sender<Arc<MeshState>>,
     status: watch::Sender<ReloadStatus>,
     watcher: RecommendedWatcher,
@@ -50,6 +57,7 @@ impl Reloader {
     pub(crate) fn new(
         path: PathBuf,
         hasher: TokenHasher,
+        ca: Arc<Ca>,
         state: watch::Sender<Arc<MeshState>>,
         status: watch::Sender<ReloadStatus>,
     ) -> notify::Result<Self> {
@@ -63,7 +71,8 @@ impl Reloader {
         })?;
         let mut reloader = Self {
             path,
-            hasher,
+            hasher: Arc::new(hasher),
+            ca,
             state,
             status,
             watcher,
@@ -76,10 +85,10 @@ impl Reloader {
 
     pub(crate) async fn run(mut self) {
         // The file may have changed between the first load and the watch.
-        self.look();
+        self.look().await;
         while self.events.recv().await.is_some() {
             self.settle().await;
-            self.look();
+            self.look().await;
         }
     }
 
@@ -95,19 +104,54 @@ impl Reloader {
         }
     }
 
-    fn look(&mut self) {
-        match self.load() {
+    async fn look(&mut self) {
+        let (path, hasher, ca) = (self.path.clone(), self.hasher.clone(), self.ca.clone());
+        let current = self.state.borrow().clone();
+        // Files are read and written, and keys parsed.
+        let looked = tokio::task::spawn_blocking(move || look(&path, &hasher, &ca, &current));
+        match looked.await {
+            Ok(Look { roots, mesh }) => {
+                self.take_roots(roots);
+                self.take_mesh(mesh);
+            }
+            Err(error) => tracing::error!(%error, "a look at the files failed"),
+        }
+    }
+
+    fn take_roots(&self, roots: Result<bool, CaError>) {
+        let rejected = match roots {
+            Ok(changed) => {
+                if changed {
+                    let phase = self.ca.roots().phase;
+                    tracing::info!(rotation = %phase, "roots changed; new ones in force");
+                }
+                self.status.send_if_modified(|status| {
+                    status.root_generation += u64::from(changed);
+                    status.roots_rejected.take().is_some() || changed
+                });
+                return;
+            }
+            Err(error) => error.to_string(),
+        };
+        let known = self.status.borrow().roots_rejected.as_deref() == Some(rejected.as_str());
+        if !known {
+            tracing::error!("changed roots not taken, the previous ones stay in force: {rejected}");
+            self.status
+                .send_modify(|status| status.roots_rejected = Some(rejected.into()));
+        }
+    }
+
+    fn take_mesh(&mut self, mesh: Result<Option<MeshState>, ReloadError>) {
+        match mesh {
             Ok(None) => self.clear_rejection(),
             Ok(Some(next)) => {
                 let workloads = next.config().workloads.len();
                 tracing::info!(path = %self.path.display(), workloads, "mesh file changed; new state in force");
                 self.state.send_replace(Arc::new(next));
                 self.status.send_modify(|status| {
-                    *status = ReloadStatus {
-                        generation: status.generation + 1,
-                        loaded: SystemTime::now(),
-                        rejected: None,
-                    };
+                    status.generation += 1;
+                    status.loaded = SystemTime::now();
+                    status.rejected = None;
                 });
                 if let Err(error) = self.watch_folders() {
                     tracing::error!(%error, "cannot watch a folder of a token file: its changes go unseen");
@@ -115,32 +159,6 @@ impl Reloader {
             }
             Err(error) => self.reject(&error.to_string()),
         }
-    }
-
-    /// `None`: nothing changed.
-    fn load(&self) -> Result<Option<MeshState>, ReloadError> {
-        let loaded = MeshConfig::load(&self.path)?;
-        let current = self.state.borrow().clone();
-        let (old, new) = (current.config(), &loaded.config);
-        if *old == *new {
-            return Ok(None);
-        }
-        for (field, same) in [
-            ("listen", old.listen == new.listen),
-            ("state_dir", old.state_dir == new.state_dir),
-            ("trust_domain", old.trust_domain == new.trust_domain),
-        ] {
-            if !same {
-                return Err(ReloadError::NeedsRestart {
-                    path: self.path.clone(),
-                    field,
-                });
-            }
-        }
-        for warning in &loaded.warnings {
-            tracing::warn!("{warning}");
-        }
-        Ok(Some(MeshState::new(loaded.config, &self.hasher)))
     }
 
     fn reject(&self, reason: &str) {
@@ -161,7 +179,9 @@ impl Reloader {
     fn watch_folders(&mut self) -> notify::Result<()> {
         let state = self.state.borrow().clone();
         let files = std::iter::once(self.path.as_path()).chain(state.config().token_files());
-        for folder in files.map(folder_of).collect::<BTreeSet<_>>() {
+        let mut folders: BTreeSet<_> = files.map(folder_of).collect();
+        folders.insert(self.ca.state_dir().to_owned());
+        for folder in folders {
             if !self.watched.contains(&folder) {
                 self.watcher.watch(&folder, RecursiveMode::NonRecursive)?;
                 self.watched.insert(folder);
@@ -169,6 +189,56 @@ impl Reloader {
         }
         Ok(())
     }
+}
+
+/// What a look at the files found.
+struct Look {
+    /// Changed? They are in force already.
+    roots: Result<bool, CaError>,
+    /// `None`: nothing changed.
+    mesh: Result<Option<MeshState>, ReloadError>,
+}
+
+fn look(path: &Path, hasher: &TokenHasher, ca: &Ca, current: &MeshState) -> Look {
+    let roots = ca.reload();
+    let mesh = load(path, hasher, current);
+    // Before anything is issued under a longer lifetime.
+    let svid_ttl = match &mesh {
+        Ok(Some(next)) => next.svid_ttl().max(current.svid_ttl()),
+        _ => current.svid_ttl(),
+    };
+    if let Err(error) = ca.record_served(svid_ttl) {
+        tracing::error!(%error, "cannot record what is served: rotations of the root will be refused");
+    }
+    Look { roots, mesh }
+}
+
+fn load(
+    path: &Path,
+    hasher: &TokenHasher,
+    current: &MeshState,
+) -> Result<Option<MeshState>, ReloadError> {
+    let loaded = MeshConfig::load(path)?;
+    let (old, new) = (current.config(), &loaded.config);
+    if *old == *new {
+        return Ok(None);
+    }
+    for (field, same) in [
+        ("listen", old.listen == new.listen),
+        ("state_dir", old.state_dir == new.state_dir),
+        ("trust_domain", old.trust_domain == new.trust_domain),
+    ] {
+        if !same {
+            return Err(ReloadError::NeedsRestart {
+                path: path.to_owned(),
+                field,
+            });
+        }
+    }
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok(Some(MeshState::new(loaded.config, hasher)))
 }
 
 fn folder_of(file: &Path) -> PathBuf {

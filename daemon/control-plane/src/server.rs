@@ -37,36 +37,45 @@ pub(crate) struct ServerCertificate {
 
 impl ServerCertificate {
     pub(crate) fn new(ca: Arc<Ca>, config: &MeshConfig) -> Result<Arc<Self>, CaError> {
-        let current = ca.server_certificate(&names(config), VALIDITY)?;
+        let current = ca.roots().server_certificate(&names(config), VALIDITY)?;
         Ok(Arc::new(Self {
             ca,
             current: ArcSwap::from(current),
         }))
     }
 
-    /// Makes the certificate again at half its life and when its names change.
-    pub(crate) async fn keep_fresh(&self, mut state: watch::Receiver<Arc<MeshState>>) {
+    /// Makes the certificate again at half its life, when its names change and when
+    /// the roots do. `clock` is the wall clock.
+    pub(crate) async fn keep_fresh(
+        &self,
+        mut state: watch::Receiver<Arc<MeshState>>,
+        clock: impl Fn() -> SystemTime,
+    ) {
+        let mut roots = self.ca.subscribe();
         let mut made_for = names(state.borrow_and_update().config());
-        let mut made = SystemTime::now();
+        let mut made = clock();
+        // They may have changed since the first certificate was made.
+        roots.mark_changed();
         loop {
-            // The wall clock counts, also after the machine was suspended.
-            let age = made.elapsed().unwrap_or(VALIDITY);
-            let due = (VALIDITY / 2)
-                .saturating_sub(age)
-                .clamp(Duration::from_secs(1), LONGEST_WAIT);
+            let mut roots_changed = false;
             tokio::select! {
                 changed = state.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(due) => {}
+                changed = roots.changed() => match changed {
+                    Ok(()) => roots_changed = true,
+                    Err(_) => return,
+                },
+                () = tokio::time::sleep(until_due(made, clock())) => {}
             }
             let wanted = names(state.borrow_and_update().config());
-            let old = made.elapsed().map_or(true, |age| age >= VALIDITY / 2);
-            if wanted == made_for && !old {
+            let old = age(made, clock()) >= VALIDITY / 2;
+            if wanted == made_for && !old && !roots_changed {
                 continue;
             }
-            match self.ca.server_certificate(&wanted, VALIDITY) {
+            let current = roots.borrow_and_update().clone();
+            match current.server_certificate(&wanted, VALIDITY) {
                 Ok(certificate) => {
                     self.current.store(certificate);
-                    (made_for, made) = (wanted, SystemTime::now());
+                    (made_for, made) = (wanted, clock());
                     tracing::info!("made a new server certificate");
                 }
                 Err(error) => {
@@ -75,6 +84,18 @@ impl ServerCertificate {
             }
         }
     }
+}
+
+/// The wall clock counts, also after the machine was suspended. A certificate from the
+/// future is as good as an old one: the clock was wrong.
+fn age(made: SystemTime, now: SystemTime) -> Duration {
+    now.duration_since(made).unwrap_or(VALIDITY)
+}
+
+fn until_due(made: SystemTime, now: SystemTime) -> Duration {
+    (VALIDITY / 2)
+        .saturating_sub(age(made, now))
+        .clamp(Duration::from_secs(1), LONGEST_WAIT)
 }
 
 impl ResolvesServerCert for ServerCertificate {
@@ -237,3 +258,6 @@ const STREAMS_PER_CONNECTION: u32 = 128;
 /// A CSR of the largest RSA key is far below.
 const MAX_CERTIFICATE_REQUEST: usize = 64 << 10;
 const BACKLOG: i32 = 1024;
+
+#[cfg(test)]
+mod tests;

@@ -17,6 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::prelude::{BASE64_STANDARD, Engine};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
@@ -250,6 +251,17 @@ impl Root {
     pub(crate) fn fingerprint(&self) -> String {
         let digest = ring::digest::digest(&ring::digest::SHA256, &self.der);
         hex(digest.as_ref())
+    }
+
+    /// The certificate.
+    pub(crate) fn pem(&self) -> String {
+        // RFC 7468, section 2: lines of 64 characters.
+        let body: String = BASE64_STANDARD
+            .encode(&self.der)
+            .char_indices()
+            .flat_map(|(at, c)| (at % 64 == 0).then_some('\n').into_iter().chain([c]))
+            .collect();
+        format!("-----BEGIN CERTIFICATE-----{body}\n-----END CERTIFICATE-----\n")
     }
 
     fn issuer(&self) -> Result<Issuer<'static, &KeyPair>, CaError> {

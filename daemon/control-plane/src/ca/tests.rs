@@ -3,8 +3,11 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use base64::prelude::{BASE64_STANDARD, Engine};
+use rcgen::{CertificateParams, SanType};
 use tempfile::TempDir;
 use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer;
 
 use super::*;
 
@@ -13,7 +16,7 @@ const ID: &str = "spiffe://cluster.local/ns/demo/sa/web";
 #[test]
 fn new_ca_has_a_private_key_file_and_opens_again_with_the_same_root() {
     let folder = TempDir::new().unwrap();
-    let root = open(&folder).unwrap().root_pem().to_owned();
+    let root = open(&folder).unwrap().roots().bundle_pem().to_owned();
     let mode = |name| {
         fs::metadata(folder.path().join(name))
             .unwrap()
@@ -23,7 +26,7 @@ fn new_ca_has_a_private_key_file_and_opens_again_with_the_same_root() {
     };
     assert_eq!(mode(KEY_FILE), 0o600);
     assert_eq!(mode(ROOT_FILE), 0o644);
-    assert_eq!(open(&folder).unwrap().root_pem(), root);
+    assert_eq!(open(&folder).unwrap().roots().bundle_pem(), root);
 }
 
 #[test]
@@ -73,7 +76,7 @@ fn root_of_another_key_or_trust_domain_is_refused() {
 #[test]
 fn garbage_in_the_key_file_is_refused() {
     let folder = TempDir::new().unwrap();
-    write_new(&folder.path().join(KEY_FILE), b"garbage", 0o600).unwrap();
+    files::replace(&folder.path().join(KEY_FILE), b"garbage", 0o600, None).unwrap();
     let error = open(&folder).unwrap_err();
     assert!(matches!(error, CaError::Unusable { .. }), "{error}");
 }
@@ -91,14 +94,14 @@ fn state_directory_is_used_by_one_control_plane_at_a_time() {
 #[test]
 fn svid_has_the_profile_of_a_leaf() {
     let folder = TempDir::new().unwrap();
-    let ca = open(&folder).unwrap();
+    let ca = open(&folder).unwrap().roots();
     let csr = Csr::parse(&csr_pem(&KeyPair::generate().unwrap(), &[uri_name(ID)])).unwrap();
     let signed = ca.sign_svid(&csr, Duration::from_secs(3600)).unwrap();
     let pem = x509_parser::pem::parse_x509_pem(signed.leaf_pem.as_bytes())
         .unwrap()
         .1;
     let leaf = pem.parse_x509().unwrap();
-    let root = X509Certificate::from_der(&ca.root_der).unwrap().1;
+    let root = X509Certificate::from_der(&ca.signing.der).unwrap().1;
 
     leaf.verify_signature(Some(root.public_key())).unwrap();
     assert!(!leaf.is_ca());
@@ -126,10 +129,10 @@ fn svid_has_the_profile_of_a_leaf() {
 #[test]
 fn svid_does_not_outlive_the_root() {
     let folder = TempDir::new().unwrap();
-    let ca = open(&folder).unwrap();
+    let ca = open(&folder).unwrap().roots();
     let csr = Csr::parse(&csr_pem(&KeyPair::generate().unwrap(), &[uri_name(ID)])).unwrap();
-    let signed = ca.sign_svid(&csr, ROOT_VALIDITY * 2).unwrap();
-    assert_eq!(signed.not_after, ca.not_after);
+    let signed = ca.sign_svid(&csr, roots::ROOT_VALIDITY * 2).unwrap();
+    assert_eq!(signed.not_after, ca.signing.not_after);
 }
 
 #[test]
@@ -190,7 +193,7 @@ fn what_is_no_csr_is_refused() {
         CsrError::NotPem
     ));
     let folder = TempDir::new().unwrap();
-    let certificate = open(&folder).unwrap().root_pem().to_owned();
+    let certificate = open(&folder).unwrap().roots().bundle_pem().to_owned();
     assert!(matches!(
         Csr::parse(&certificate).err().unwrap(),
         CsrError::NotPem

@@ -1,6 +1,9 @@
 //! A control plane on loopback and clients of it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code)]
 
+pub mod agent;
+pub mod ask;
+
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
