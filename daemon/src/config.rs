@@ -1,5 +1,6 @@
 //! The agent's configuration file.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,9 @@ pub struct AgentConfig {
     /// The pods to enrol.
     #[serde(default)]
     pub pods: Vec<PodConfig>,
+    /// Where certificates come from and how peers are verified.
+    #[serde(default)]
+    pub identity: Identity,
     /// Which record layer protects tunnels.
     #[serde(default)]
     pub record_layer: RecordLayerChoice,
@@ -85,6 +89,94 @@ impl ControlPlane {
     pub fn svid_ttl(&self) -> Duration {
         Duration::from_secs(self.svid_ttl_seconds)
     }
+}
+
+/// Certificates: their source, and what peers must show.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    /// Where SVIDs come from.
+    #[serde(default)]
+    pub source: Source,
+    /// Alias of a trust domain → the domain it stands for. Policies name the latter.
+    #[serde(default)]
+    pub trust_domain_aliases: BTreeMap<String, String>,
+    /// Revocation lists. A trust domain with one here is closed while none is valid.
+    #[serde(default)]
+    pub revocation_lists: Vec<RevocationList>,
+    /// Which key exchanges are acceptable.
+    #[serde(default)]
+    pub key_exchange: KeyExchange,
+    /// Unix socket on which enrolled pods get SVIDs of their own (SPIFFE Workload API).
+    #[serde(default)]
+    pub workload_api_socket: Option<PathBuf>,
+}
+
+/// Where SVIDs come from.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    /// The CA of `control_plane`: Istiod's, or the embedded one.
+    #[default]
+    Ca,
+    /// PEM files on disk, watched.
+    Files(Files),
+    /// A SPIRE agent that lets us act for the node's workloads (Delegated Identity API).
+    Spire(Spire),
+    /// The SVID that a SPIFFE Workload API gives to this process: a host with one workload.
+    WorkloadApi(WorkloadApi),
+}
+
+/// `tls.crt`, `tls.key` and `ca.crt` in a folder.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Files {
+    /// The folder.
+    pub directory: PathBuf,
+    /// Folder of an identity below it, for example `{namespace}/{service_account}`; without
+    /// it the directory holds the files of the one identity there is.
+    #[serde(default)]
+    pub folder: Option<String>,
+}
+
+/// SPIRE's Delegated Identity API.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spire {
+    /// The SPIRE agent's admin socket.
+    pub socket: PathBuf,
+    /// Selectors of a workload; by namespace and service account when absent.
+    #[serde(default)]
+    pub selectors: Option<Vec<String>>,
+}
+
+/// A SPIFFE Workload API to ask.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkloadApi {
+    /// Its socket.
+    pub socket: PathBuf,
+}
+
+/// One file of revocation lists.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RevocationList {
+    /// Whose peers it concerns.
+    pub trust_domain: String,
+    /// PEM (any number of lists) or DER (one). Read again when it changes.
+    pub file: PathBuf,
+}
+
+/// Which key exchanges are acceptable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeyExchange {
+    /// X25519MLKEM768 first, classical ones with a peer that lacks it.
+    #[default]
+    PreferPostQuantum,
+    /// X25519MLKEM768 or no connection.
+    RequirePostQuantum,
 }
 
 /// A pod to enrol, known by its network namespace.
@@ -239,6 +331,10 @@ impl AgentConfig {
         if self.node.name.is_empty() {
             return bad("node.name".into(), "must not be empty".into());
         }
+        if self.identity.workload_api_socket.is_some() && self.identity.source != Source::Ca {
+            let expected = "needs `identity.source: ca`: other sources give no second key";
+            return bad("identity.workload_api_socket".into(), expected.into());
+        }
         for (i, pod) in self.pods.iter().enumerate() {
             for (name, value) in [("namespace", &pod.namespace), ("name", &pod.name)] {
                 if value.is_empty() {
@@ -305,6 +401,35 @@ pods:
         let error = parse(&text).unwrap_err().to_string();
         assert!(error.starts_with("agent.yaml:6:"), "{error}");
         assert!(error.contains("tokn"), "{error}");
+    }
+
+    #[test]
+    fn every_identity_source_can_be_configured() {
+        let source = |yaml: &str| {
+            parse(&format!("{GOOD}identity: {{source: {yaml}}}\n"))
+                .unwrap()
+                .identity
+                .source
+        };
+        assert_eq!(source("ca"), Source::Ca);
+        assert!(matches!(
+            source("{files: {directory: /x}}"),
+            Source::Files(_)
+        ));
+        assert!(matches!(source("{spire: {socket: /x}}"), Source::Spire(_)));
+        assert!(matches!(
+            source("{workload-api: {socket: /x}}"),
+            Source::WorkloadApi(_)
+        ));
+    }
+
+    #[test]
+    fn exported_keys_need_a_source_that_can_make_them() {
+        let text = format!(
+            "{GOOD}identity: {{source: {{spire: {{socket: /x}}}}, workload_api_socket: /y}}\n"
+        );
+        let error = parse(&text).unwrap_err().to_string();
+        assert!(error.contains("identity.workload_api_socket"), "{error}");
     }
 
     #[test]

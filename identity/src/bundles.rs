@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 use rustls_pki_types::{CertificateDer, TrustAnchor, UnixTime};
+use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::leaf::MAX_CERTIFICATE_BYTES;
@@ -19,10 +20,10 @@ use crate::spiffe_id::TrustDomain;
 /// refused change leaves what was there.
 ///
 /// This type does not persist anything and does not fetch anything.
-#[derive(Default)]
 pub struct TrustBundles {
     published: ArcSwap<BTreeMap<TrustDomain, Arc<Bundle>>>,
     sources: Mutex<BTreeMap<(TrustDomain, String), Vec<Root>>>,
+    changed: watch::Sender<u64>,
 }
 
 impl TrustBundles {
@@ -76,6 +77,12 @@ impl TrustBundles {
         self.published.load().keys().cloned().collect()
     }
 
+    /// Told of every change; the number counts them. Once told, readers see the
+    /// new bundles.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
     pub(crate) fn bundle(&self, trust_domain: &TrustDomain) -> Option<Arc<Bundle>> {
         self.published.load().get(trust_domain).cloned()
     }
@@ -105,6 +112,18 @@ impl TrustBundles {
             all.insert(trust_domain.clone(), Arc::new(Bundle::from_roots(roots)));
         }
         self.published.store(Arc::new(all));
+        self.changed
+            .send_modify(|count| *count = count.wrapping_add(1));
+    }
+}
+
+impl Default for TrustBundles {
+    fn default() -> Self {
+        Self {
+            published: ArcSwap::default(),
+            sources: Mutex::default(),
+            changed: watch::Sender::new(0),
+        }
     }
 }
 

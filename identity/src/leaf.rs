@@ -8,7 +8,12 @@
 
 use rustls_pki_types::CertificateDer;
 use x509_parser::extensions::GeneralName;
+use x509_parser::oid_registry::{
+    OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY, OID_NIST_EC_P384, OID_PKCS1_RSAENCRYPTION,
+    OID_SIG_ED25519,
+};
 use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::public_key::PublicKey;
 
 use crate::spiffe_id::SpiffeId;
 use crate::verifier::PeerRefusal;
@@ -42,7 +47,11 @@ impl Leaf {
         if !rest.is_empty() {
             return Err(PeerRefusal::Malformed);
         }
+        if certificate.raw_serial().len() > MAX_SERIAL_BYTES {
+            return Err(PeerRefusal::Malformed);
+        }
         check_usage(&certificate)?;
+        check_key(&certificate)?;
         Ok(Self {
             id: only_spiffe_id(&certificate)?,
             not_before: certificate.validity().not_before.timestamp(),
@@ -93,7 +102,30 @@ fn check_usage(certificate: &X509Certificate<'_>) -> Result<(), PeerRefusal> {
     Ok(())
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// A key that could sign no handshake we accept is refused before the handshake
+/// is: ECDSA P-256 and P-384, Ed25519, RSA of 2048 to 8192 bits.
+fn check_key(certificate: &X509Certificate<'_>) -> Result<(), PeerRefusal> {
+    let key = certificate.public_key();
+    let algorithm = &key.algorithm;
+    let good = if algorithm.algorithm == OID_KEY_TYPE_EC_PUBLIC_KEY {
+        let curve = algorithm.parameters.as_ref().and_then(|p| p.as_oid().ok());
+        curve.is_some_and(|curve| curve == OID_EC_P256 || curve == OID_NIST_EC_P384)
+    } else if algorithm.algorithm == OID_PKCS1_RSAENCRYPTION {
+        match key.parsed() {
+            Ok(PublicKey::RSA(rsa)) => (2048..=8192).contains(&rsa.key_size()),
+            _ => return Err(PeerRefusal::Malformed),
+        }
+    } else {
+        algorithm.algorithm == OID_SIG_ED25519
+    };
+    if good {
+        Ok(())
+    } else {
+        Err(PeerRefusal::WeakKey)
+    }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     let significant = bytes.iter().position(|&byte| byte != 0);
     let Some(bytes) = significant.and_then(|start| bytes.get(start..)) else {
@@ -114,6 +146,8 @@ pub(crate) fn printable(name: &str) -> String {
 }
 
 const MAX_NAME_CHARS: usize = 256;
+/// RFC 5280 section 4.1.2.2.
+const MAX_SERIAL_BYTES: usize = 20;
 
 #[cfg(test)]
 mod tests {

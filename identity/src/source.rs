@@ -3,11 +3,14 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use rustls_pki_types::CertificateDer;
+use rustls::sign::SigningKey;
+use rustls_pki_types::{CertificateDer, UnixTime};
+use tokio::sync::broadcast;
 
-use crate::bundles::BundleError;
+use crate::bundles::{Bundle, BundleError};
+use crate::chain::{self, Role};
 use crate::spiffe_id::WorkloadIdentity;
 use crate::svid::{Svid, SvidError};
 use crate::verifier::PeerRefusal;
@@ -21,6 +24,33 @@ pub trait SvidSource: Send + Sync + 'static {
     /// Asks for an SVID of `identity` that should live for `ttl`; the source
     /// may give a shorter one. Must be safe to drop at any await.
     fn fetch<'a>(&'a self, identity: &'a WorkloadIdentity, ttl: Duration) -> FetchFuture<'a>;
+
+    /// For a source that learns of new SVIDs by itself: what to fetch again, as
+    /// soon as it is there to be fetched. By default nothing ever is.
+    fn updates(&self) -> Option<broadcast::Receiver<SourceUpdate>> {
+        None
+    }
+
+    /// Whether the source puts its roots into the
+    /// [`TrustBundles`](crate::TrustBundles) itself, before it gives an SVID
+    /// that needs them. By default whoever fetches does, with
+    /// [`Issued::roots`].
+    fn keeps_bundles(&self) -> bool {
+        false
+    }
+
+    /// Nobody on this node needs the identity any more. By default nothing is
+    /// to be cleaned up.
+    fn forget(&self, _identity: &WorkloadIdentity) {}
+}
+
+/// What [`SvidSource::updates`] tells of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceUpdate {
+    /// A fetch for this identity would give something else now.
+    Svid(WorkloadIdentity),
+    /// A fetch for any identity might.
+    All,
 }
 
 /// What [`SvidSource::fetch`] returns.
@@ -34,6 +64,40 @@ pub struct Issued {
     /// All roots of the identity's trust domain; they replace those the source
     /// gave before. Never empty.
     pub roots: Vec<CertificateDer<'static>>,
+}
+
+impl Issued {
+    /// Puts together what a source gave, so that what we present is nothing
+    /// that our own peers would refuse: right identity, right key, and a chain
+    /// that holds against `roots` on both sides of a handshake.
+    ///
+    /// `certificates` is leaf first. Some CAs append the root to the chain; it
+    /// is taken out, as peers have it already.
+    pub(crate) fn checked(
+        identity: &WorkloadIdentity,
+        mut certificates: Vec<CertificateDer<'static>>,
+        roots: Vec<CertificateDer<'static>>,
+        key: Arc<dyn SigningKey>,
+        now: SystemTime,
+    ) -> Result<Self, FetchProblem> {
+        let bundle = Bundle::of(identity.trust_domain(), &roots)?;
+        certificates.retain(|der| !bundle.contains(der));
+        let svid = Svid::new(identity.spiffe_id(), certificates, key, now)?;
+        let (leaf, intermediates) = svid.chain().split_first().ok_or(SvidError::EmptyChain)?;
+        let since_epoch = now
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or(Duration::ZERO);
+        // We are a client to some peers and a server to others.
+        for role in [Role::Client, Role::Server] {
+            let now = UnixTime::since_unix_epoch(since_epoch);
+            chain::verify(leaf, intermediates, &bundle, None, role, now)
+                .map_err(FetchProblem::BadChain)?;
+        }
+        Ok(Self {
+            svid: Arc::new(svid),
+            roots,
+        })
+    }
 }
 
 /// A fetch that failed: for whom, where, and why.

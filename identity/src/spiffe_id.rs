@@ -46,6 +46,13 @@ impl SpiffeId {
     pub fn principal(&self) -> String {
         format!("{}{}", self.0.trust_domain_name(), self.0.path())
     }
+
+    /// The same path in another trust domain. Where a longer domain name would
+    /// make the ID longer than 2048 bytes, the ID stays as it is.
+    pub(crate) fn in_trust_domain(&self, trust_domain: &TrustDomain) -> Self {
+        Self::parse(&format!("spiffe://{trust_domain}{}", self.path()))
+            .unwrap_or_else(|_| self.clone())
+    }
 }
 
 impl fmt::Display for SpiffeId {

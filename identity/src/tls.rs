@@ -1,6 +1,7 @@
 //! rustls configurations for one connection.
 //!
-//! TLS 1.3 only, mutual, hybrid post-quantum key exchange first. Traffic
+//! TLS 1.3 only, mutual, hybrid post-quantum key exchange first or only
+//! ([`KeyExchangePolicy`]). Traffic
 //! secrets can be extracted (the record layer is elsewhere). No session is ever
 //! resumed and no ticket sent: a resumed session would carry an identity that
 //! was proven under an older certificate. No early data, no SNI, no client
@@ -14,8 +15,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, OnceLock};
 
 use rustls::client::Resumption;
-use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
+use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::server::NoServerSessionStorage;
 use rustls::sign::SingleCertAndKey;
 use rustls::version::TLS13;
@@ -26,16 +27,57 @@ use crate::chain::SIGNATURES;
 use crate::svid::Svid;
 use crate::verifier::PeerVerifier;
 
-/// A configuration for dialling one connection under `svid`. ALPN protocols in
-/// order of preference.
-///
-/// The error is a bug of ours (a provider without TLS 1.3), never the peer's.
+/// Which key exchanges a connection may end up with. The one that was agreed on
+/// is rustls's `negotiated_key_exchange_group`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum KeyExchangePolicy {
+    /// X25519MLKEM768 first; X25519 or P-256 with a peer that lacks it.
+    #[default]
+    PreferPostQuantum,
+    /// X25519MLKEM768 or no connection: what is recorded today stays secret from
+    /// a quantum computer of tomorrow, whoever the peer is.
+    RequirePostQuantum,
+}
+
+impl KeyExchangePolicy {
+    /// A short fixed name: a configuration value and a metric label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::PreferPostQuantum => "prefer-post-quantum",
+            Self::RequirePostQuantum => "require-post-quantum",
+        }
+    }
+}
+
+/// [`client_config_with`] the default [`KeyExchangePolicy`].
 pub fn client_config(
     svid: &Svid,
     verifier: Arc<PeerVerifier>,
     alpn: &[&[u8]],
 ) -> Result<ClientConfig, rustls::Error> {
-    let mut config = ClientConfig::builder_with_provider(provider())
+    client_config_with(svid, verifier, alpn, KeyExchangePolicy::default())
+}
+
+/// [`server_config_with`] the default [`KeyExchangePolicy`].
+pub fn server_config(
+    svid: &Svid,
+    verifier: Arc<PeerVerifier>,
+    alpn: &[&[u8]],
+) -> Result<ServerConfig, rustls::Error> {
+    server_config_with(svid, verifier, alpn, KeyExchangePolicy::default())
+}
+
+/// A configuration for dialling one connection under `svid`. ALPN protocols in
+/// order of preference.
+///
+/// The error is a bug of ours (a provider without TLS 1.3), never the peer's.
+pub fn client_config_with(
+    svid: &Svid,
+    verifier: Arc<PeerVerifier>,
+    alpn: &[&[u8]],
+    key_exchange: KeyExchangePolicy,
+) -> Result<ClientConfig, rustls::Error> {
+    let mut config = ClientConfig::builder_with_provider(provider_for(key_exchange))
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
@@ -54,12 +96,13 @@ pub fn client_config(
 /// order of preference (the server's order decides).
 ///
 /// The error is a bug of ours (a provider without TLS 1.3), never the peer's.
-pub fn server_config(
+pub fn server_config_with(
     svid: &Svid,
     verifier: Arc<PeerVerifier>,
     alpn: &[&[u8]],
+    key_exchange: KeyExchangePolicy,
 ) -> Result<ServerConfig, rustls::Error> {
-    let mut config = ServerConfig::builder_with_provider(provider())
+    let mut config = ServerConfig::builder_with_provider(provider_for(key_exchange))
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(verifier)
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(
@@ -80,24 +123,37 @@ pub fn unused_server_name() -> ServerName<'static> {
     ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into())
 }
 
-/// The one provider of every mesh connection: aws-lc-rs, narrowed.
+/// The provider of mesh connections: aws-lc-rs, narrowed.
 ///
 /// AES-128-GCM comes first: it is what kTLS accelerates best and what every
 /// kernel with kTLS has.
 pub fn provider() -> Arc<CryptoProvider> {
-    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
-    Arc::clone(PROVIDER.get_or_init(|| {
+    provider_for(KeyExchangePolicy::default())
+}
+
+/// [`provider`] with another key exchange policy.
+pub fn provider_for(key_exchange: KeyExchangePolicy) -> Arc<CryptoProvider> {
+    static PREFER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    static REQUIRE: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    let (slot, kx_groups): (_, &[&'static dyn SupportedKxGroup]) = match key_exchange {
+        KeyExchangePolicy::PreferPostQuantum => (
+            &PREFER,
+            &[
+                kx_group::X25519MLKEM768,
+                kx_group::X25519,
+                kx_group::SECP256R1,
+            ],
+        ),
+        KeyExchangePolicy::RequirePostQuantum => (&REQUIRE, &[kx_group::X25519MLKEM768]),
+    };
+    Arc::clone(slot.get_or_init(|| {
         Arc::new(CryptoProvider {
             cipher_suites: vec![
                 cipher_suite::TLS13_AES_128_GCM_SHA256,
                 cipher_suite::TLS13_AES_256_GCM_SHA384,
                 cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
             ],
-            kx_groups: vec![
-                kx_group::X25519MLKEM768,
-                kx_group::X25519,
-                kx_group::SECP256R1,
-            ],
+            kx_groups: kx_groups.to_vec(),
             signature_verification_algorithms: SIGNATURES,
             ..aws_lc_rs::default_provider()
         })
@@ -135,6 +191,66 @@ mod tests {
         assert_eq!(server.max_early_data_size, 0);
         assert!(!server.session_storage.can_cache());
         assert!(!server.ticketer.enabled());
+    }
+
+    /// The group both ends agreed on, or what the dialling side ended with.
+    fn agreed(
+        client: KeyExchangePolicy,
+        server: KeyExchangePolicy,
+        classic_client: bool,
+    ) -> Result<NamedGroup, rustls::Error> {
+        let ca = TestCa::shared();
+        let svid = ca.svid(&workload("td", "a", "b"));
+        let verifier = || PeerVerifier::new(ca.bundle(), ExpectedPeer::AnyTrusted);
+        let mut dialling = client_config_with(&svid, verifier(), &[b"h2"], client).unwrap();
+        if classic_client {
+            let provider = CryptoProvider {
+                kx_groups: vec![kx_group::X25519],
+                ..CryptoProvider::clone(&provider())
+            };
+            let mut classic = ClientConfig::builder_with_provider(Arc::new(provider))
+                .with_protocol_versions(&[&TLS13])
+                .unwrap()
+                .dangerous()
+                .with_custom_certificate_verifier(verifier())
+                .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(
+                    svid.certified_key(),
+                ))));
+            classic.alpn_protocols = vec![b"h2".to_vec()];
+            dialling = classic;
+        }
+        let accepting = server_config_with(&svid, verifier(), &[b"h2"], server).unwrap();
+        crate::testing::handshake::key_exchange(dialling, accepting)
+    }
+
+    #[test]
+    fn the_key_exchange_is_post_quantum_where_both_can() {
+        use KeyExchangePolicy::{PreferPostQuantum, RequirePostQuantum};
+        for client in [PreferPostQuantum, RequirePostQuantum] {
+            for server in [PreferPostQuantum, RequirePostQuantum] {
+                assert_eq!(
+                    agreed(client, server, false),
+                    Ok(NamedGroup::X25519MLKEM768)
+                );
+            }
+        }
+        let classic = agreed(PreferPostQuantum, PreferPostQuantum, true);
+        assert_eq!(classic, Ok(NamedGroup::X25519));
+    }
+
+    #[test]
+    fn a_classic_peer_is_refused_where_post_quantum_is_required() {
+        let refused = agreed(
+            KeyExchangePolicy::PreferPostQuantum,
+            KeyExchangePolicy::RequirePostQuantum,
+            true,
+        );
+        assert_eq!(
+            refused,
+            Err(rustls::Error::AlertReceived(
+                rustls::AlertDescription::HandshakeFailure
+            ))
+        );
     }
 
     #[test]

@@ -35,7 +35,9 @@ pub enum TunnelError {
     /// A record that does not open, or whose framing is wrong.
     #[error("peer sent a record that does not decrypt or is malformed")]
     BadRecord,
-    #[error("peer sent a record longer than TLS 1.3 allows, or a control record of more than 4096 bytes")]
+    #[error(
+        "peer sent a record longer than TLS 1.3 allows, or a control record of more than 4096 bytes"
+    )]
     OversizedRecord,
     #[error("peer sent a record of content type {0:#04x}, which has no meaning here")]
     UnknownContentType(u8),
@@ -117,10 +119,9 @@ impl TunnelError {
             | Self::BadAlert
             | Self::ClosedMidStream => Fault::Peer,
             Self::Truncated | Self::Timeout { .. } | Self::Network { .. } => Fault::Network,
-            Self::RecordLimit
-            | Self::Local { .. }
-            | Self::KernelRequired(_)
-            | Self::Random(_) => Fault::Local,
+            Self::RecordLimit | Self::Local { .. } | Self::KernelRequired(_) | Self::Random(_) => {
+                Fault::Local
+            }
         }
     }
 
@@ -128,8 +129,15 @@ impl TunnelError {
     pub(crate) fn io(during: &'static str, source: io::Error) -> Self {
         match source.raw_os_error() {
             Some(
-                libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS | libc::EPERM
-                | libc::EACCES | libc::EBADF | libc::EINVAL | libc::EOPNOTSUPP,
+                libc::EMFILE
+                | libc::ENFILE
+                | libc::ENOMEM
+                | libc::ENOBUFS
+                | libc::EPERM
+                | libc::EACCES
+                | libc::EBADF
+                | libc::EINVAL
+                | libc::EOPNOTSUPP,
             ) => Self::Local { during, source },
             _ => Self::Network { during, source },
         }

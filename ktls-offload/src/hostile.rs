@@ -7,13 +7,10 @@ use std::sync::Arc;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
-use crate::common::{Pki, SOFTWARE, an_open, destination, pattern, source, tcp_pair};
+use crate::common::{SOFTWARE, an_open, destination, pattern, source, tcp_pair, tunnels_of};
 use crate::protocol::{CONTENT_TYPE, Message, ResetReason, StreamId, encode};
 use crate::record::{TYPE_ALERT, TYPE_DATA, TYPE_HANDSHAKE};
-use crate::{
-    Open, Outcome, RecordLayer, RelayEnd, StreamHandle, Tunnel, TunnelConfig, TunnelError as E,
-    relay,
-};
+use crate::{Open, Outcome, RecordLayer, RelayEnd, StreamHandle, Tunnel, TunnelError as E, relay};
 
 on_both_layers!(
     an_idle_server_refuses_what_is_not_an_open,
@@ -33,14 +30,6 @@ async fn hostile_client(victim: RecordLayer) -> (Tunnel, Tunnel) {
 
 async fn hostile_server(victim: RecordLayer) -> (Tunnel, Tunnel) {
     tunnels_of(victim, SOFTWARE).await
-}
-
-async fn tunnels_of(client: RecordLayer, server: RecordLayer) -> (Tunnel, Tunnel) {
-    let pki = Pki::new();
-    let (a, b) = tcp_pair().await;
-    let (client, server) = (TunnelConfig::new(client), TunnelConfig::new(server));
-    let (client, server) = tokio::join!(pki.connect(a, &client), pki.accept(b, &server));
-    (client.unwrap(), server.unwrap())
 }
 
 /// Sends one record of any type from a tunnel's end.
@@ -78,7 +67,11 @@ async fn an_idle_server_refuses_what_is_not_an_open(layer: RecordLayer) {
         (CONTENT_TYPE, vec![0; 4097], "oversized-record"),
         (CONTENT_TYPE, vec![0; 16384], "oversized-record"),
         (CONTENT_TYPE, vec![1; 5], "truncated-message"),
-        (CONTENT_TYPE, encode(&end, 0).as_bytes().to_vec(), "unexpected-message"),
+        (
+            CONTENT_TYPE,
+            encode(&end, 0).as_bytes().to_vec(),
+            "unexpected-message",
+        ),
         (
             CONTENT_TYPE,
             encode(&Message::Ready, 0).as_bytes().to_vec(),
@@ -94,7 +87,11 @@ async fn an_idle_server_refuses_what_is_not_an_open(layer: RecordLayer) {
         let (mut client, mut server) = hostile_client(layer).await;
         put(&mut client, record_type, &payload).await;
         let error = server.next_open().await.unwrap_err();
-        assert_eq!(error.as_str(), label, "{record_type:#x} {payload:x?}: {error}");
+        assert_eq!(
+            error.as_str(),
+            label,
+            "{record_type:#x} {payload:x?}: {error}"
+        );
     }
     let (mut client, mut server) = hostile_client(layer).await;
     for _ in 0..9 {
@@ -177,9 +174,7 @@ fn reset(stream: StreamId) -> Message {
 async fn outcome(end: RelayEnd, mut app: TcpStream, acts: &[Act]) -> E {
     use tokio::io::AsyncReadExt;
     assert!(end.tunnel.is_none());
-    let ended = |act: &Act| {
-        matches!(act, Act::Say(Message::End { stream }, _) if *stream == ID)
-    };
+    let ended = |act: &Act| matches!(act, Act::Say(Message::End { stream }, _) if *stream == ID);
     // An END that was accepted is never the first answer of a server.
     if acts.iter().skip(usize::from(acts.len() == 1)).any(ended) {
         assert_eq!(app.read(&mut [0; 1]).await.ok(), Some(0));
@@ -188,7 +183,10 @@ async fn outcome(end: RelayEnd, mut app: TcpStream, acts: &[Act]) -> E {
             tokio::task::yield_now().await;
         }
     } else {
-        let error = app.read_to_end(&mut Vec::new()).await.expect_err("clean end");
+        let error = app
+            .read_to_end(&mut Vec::new())
+            .await
+            .expect_err("clean end");
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     }
     match end.outcome {
@@ -289,7 +287,10 @@ async fn a_server_in_a_stream_refuses_what_breaks_the_rules(layer: RecordLayer) 
         (vec![Act::Put(TYPE_ALERT, vec![1, 0])], "closed-mid-stream"),
         (vec![Act::Put(TYPE_ALERT, vec![2, 80])], "alert"),
         (
-            vec![Act::Put(CONTENT_TYPE, [&[7, 0, 0, 0][..], &[0; 8]].concat())],
+            vec![Act::Put(
+                CONTENT_TYPE,
+                [&[7, 0, 0, 0][..], &[0; 8]].concat(),
+            )],
             "reserved-message",
         ),
         (
@@ -325,7 +326,15 @@ async fn a_server_in_a_stream_refuses_what_breaks_the_rules(layer: RecordLayer) 
         act(&mut client, &[Act::Times(empties, TYPE_DATA, vec![])]).await;
         if flood {
             hang_up(client).await;
-            is(&outcome(relay.await.unwrap(), app, &[]).await, "flood");
+            let error = outcome(relay.await.unwrap(), app, &[]).await;
+            match layer {
+                RecordLayer::Software(_) => is(&error, "flood"),
+                // The kernel skips any number of them within one system call and shows us
+                // some or none. What counts is that they are never taken for a clean end.
+                RecordLayer::Kernel(_) => {
+                    assert!(["flood", "truncated"].contains(&error.as_str()), "{error}")
+                }
+            }
         } else {
             put(&mut client, TYPE_DATA, b"still here").await;
             let mut got = [0; 10];
@@ -340,9 +349,20 @@ async fn a_server_in_a_stream_refuses_what_breaks_the_rules(layer: RecordLayer) 
 
 async fn records_that_are_not_sealed_by_the_peer_are_refused(layer: RecordLayer) {
     let cases: [(&[u8], &str); 5] = [
-        (&[23, 3, 3, 0, 20, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], "bad-record"),
+        (
+            &[
+                23, 3, 3, 0, 20, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19,
+                20,
+            ],
+            "bad-record",
+        ),
         (&[23, 3, 3, 0, 3, 1, 2, 3], "bad-record"),
-        (&[21, 2, 3, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], "bad-record"),
+        (
+            &[
+                21, 2, 3, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+            ],
+            "bad-record",
+        ),
         (&[23, 3, 3, 0x60, 0, 1, 2], "oversized-record"),
         (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "bad-record"),
     ];
@@ -364,7 +384,10 @@ async fn records_that_are_not_sealed_by_the_peer_are_refused(layer: RecordLayer)
             } else {
                 server.active = None;
                 client.sock.write_all(bytes).await.unwrap();
-                is(&within_a_moment(server.next_open()).await.unwrap_err(), label);
+                is(
+                    &within_a_moment(server.next_open()).await.unwrap_err(),
+                    label,
+                );
             }
         }
     }

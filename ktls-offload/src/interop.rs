@@ -6,11 +6,11 @@ use std::net::TcpStream as StdStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ringfence_identity::Svid;
+use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::cipher_suite::{
     TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
 };
-use rustls::crypto::CryptoProvider;
-use ringfence_identity::Svid;
 use rustls::pki_types::ServerName;
 use rustls::sign::SingleCertAndKey;
 use rustls::version::TLS13;
@@ -21,9 +21,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::common::{Pki, pattern, tcp_pair, within};
 use crate::handshake;
+use crate::protocol::ALPN;
 use crate::record::aead::RecordKey;
 use crate::record::{CLOSE_NOTIFY, Inbound, Incoming, TYPE_ALERT, software};
-use crate::protocol::ALPN;
 use crate::stream::Counters;
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -118,7 +118,9 @@ async fn software_records_and_a_rustls_server_understand_each_other() {
             echo(conn, b.into_std().unwrap())
         });
         let (config, verifier) = pki.client_tls();
-        let done = handshake::client(a, config, &verifier, TIMEOUT).await.unwrap();
+        let done = handshake::client(a, config, &verifier, TIMEOUT)
+            .await
+            .unwrap();
         assert_eq!(done.suite.suite(), suite.suite());
         within(exchange(done, pattern(1, 1_500_000))).await;
         assert_eq!(peer.await.unwrap(), 1_500_000);
@@ -144,7 +146,9 @@ async fn software_records_and_a_rustls_client_understand_each_other() {
             echo(conn, a.into_std().unwrap())
         });
         let (config, verifier) = pki.server_tls();
-        let done = handshake::server(b, config, &verifier, TIMEOUT).await.unwrap();
+        let done = handshake::server(b, config, &verifier, TIMEOUT)
+            .await
+            .unwrap();
         assert_eq!(done.suite.suite(), suite.suite());
         within(exchange(done, pattern(2, 1_500_000))).await;
         assert_eq!(peer.await.unwrap(), 1_500_000);

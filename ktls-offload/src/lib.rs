@@ -20,11 +20,11 @@ extern crate self as ktls_offload;
 #[macro_use]
 mod common;
 mod error;
+pub mod handshake;
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod interop;
-pub mod handshake;
 mod pool;
 mod probe;
 pub mod protocol;
@@ -41,3 +41,17 @@ pub use protocol::{ALPN, Open, RandomUnavailable, RefuseReason, ResetReason, Str
 pub use relay::{Outcome, RelayEnd, relay};
 pub use stream::StreamHandle;
 pub use tunnel::{ConnectError, Role, Session, Tunnel, TunnelConfig};
+
+#[cfg(test)]
+mod size_tests {
+    /// A live stream costs one relay future; an idle pooled tunnel one `Tunnel`.
+    #[tokio::test]
+    async fn streams_and_tunnels_are_small() {
+        let tunnel = size_of::<crate::Tunnel>();
+        assert!(tunnel <= 512, "{tunnel} bytes in a tunnel");
+        let (client, _server) = crate::common::tunnels(crate::common::SOFTWARE).await;
+        let (app, _) = crate::common::tcp_pair().await;
+        let relay = size_of_val(&crate::relay(app, client, std::sync::Arc::default()));
+        assert!(relay <= 4096, "{relay} bytes in a relay");
+    }
+}

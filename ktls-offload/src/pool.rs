@@ -117,5 +117,7 @@ pub(crate) fn random_bytes(out: &mut [u8]) -> Result<(), RandomUnavailable> {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // A panic between push and pop cannot leave a Vec torn.
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }

@@ -12,9 +12,16 @@
 //! It does *not* decide whether a message is allowed at this point of a stream:
 //! that is the job of `tunnel` and `relay`.
 
+mod counter;
+mod error;
+mod reason;
+
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+pub use self::counter::{MAX_DUPLICATES, Receiver, Sender};
+pub use self::error::ProtocolError;
+pub use self::reason::{RefuseReason, ResetReason};
 use crate::pool::random_bytes;
 
 /// The ALPN protocol name of this version of the protocol.
@@ -30,10 +37,6 @@ pub const MAX_MESSAGE: usize = 4096;
 
 /// Length of the fixed header: type 1, zero 1, body length 2, counter 8.
 pub const HEADER: usize = 12;
-
-/// Duplicates a receiver drops before it calls the sender abusive. A sender
-/// resends at most the last message of each direction after each restart.
-pub const MAX_DUPLICATES: u32 = 1024;
 
 /// Sixteen random bytes that name a stream in logs on both nodes. Not a secret.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -94,94 +97,6 @@ impl Open {
             source,
             flags: 0,
         })
-    }
-}
-
-macro_rules! reasons {
-    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $code:literal, $label:literal;)* }) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        pub enum $name {
-            $($(#[$vdoc])* $variant,)*
-            /// A code this version has no name for.
-            Other(u16),
-        }
-
-        impl $name {
-            pub const fn code(self) -> u16 {
-                match self {
-                    $(Self::$variant => $code,)*
-                    Self::Other(code) => code,
-                }
-            }
-
-            pub const fn from_code(code: u16) -> Self {
-                match code {
-                    $($code => Self::$variant,)*
-                    other => Self::Other(other),
-                }
-            }
-
-            /// Stable name for logs, metrics and status.
-            pub const fn as_str(self) -> &'static str {
-                match self {
-                    $(Self::$variant => $label,)*
-                    Self::Other(_) => "other",
-                }
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                match self {
-                    Self::Other(code) => write!(f, "other({code})"),
-                    known => f.write_str(known.as_str()),
-                }
-            }
-        }
-    };
-}
-
-reasons! {
-    /// Why a server did not open a stream.
-    RefuseReason {
-        PolicyDenied = 1, "policy-denied";
-        /// The destination is not an address of a workload behind this server.
-        NotLocal = 2, "not-local";
-        /// The original source is not an address of the peer's workload.
-        SourceForged = 3, "source-forged";
-        /// The destination is one of the agent's own ports.
-        AgentPort = 4, "agent-port";
-        /// The application refused the connection (RST to our SYN).
-        ConnectionRefused = 5, "connection-refused";
-        /// No answer from the application in time.
-        ConnectTimeout = 6, "connect-timeout";
-        /// No route, or another failure of the last hop.
-        Unreachable = 7, "unreachable";
-        ShuttingDown = 8, "shutting-down";
-        Overloaded = 9, "overloaded";
-        Internal = 10, "internal";
-        /// The client's certificate has expired since the handshake: dial anew.
-        CertificateExpired = 11, "certificate_expired";
-    }
-}
-
-reasons! {
-    /// Why a stream was cut.
-    ResetReason {
-        /// The application on the sender's side sent RST or vanished.
-        AppReset = 1, "app-reset";
-        /// Policy no longer admits the stream.
-        PolicyChanged = 2, "policy-changed";
-        /// The sender's agent is stopping.
-        ShuttingDown = 3, "shutting-down";
-        /// The tunnel reached its record limit.
-        RecordLimit = 4, "record-limit";
-        /// A protocol rule was broken.
-        Protocol = 5, "protocol";
-        /// The workload was removed.
-        WorkloadGone = 6, "workload-gone";
-        Internal = 7, "internal";
     }
 }
 
@@ -271,76 +186,6 @@ impl Kind {
             Self::Attach => "ATTACH",
             Self::Attached => "ATTACHED",
             Self::Reauth => "REAUTH",
-        }
-    }
-}
-
-/// What is wrong with a control message. Always the peer's fault.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum ProtocolError {
-    #[error("control message of {len} bytes is shorter than its header")]
-    Truncated { len: usize },
-    #[error("control message is longer than {MAX_MESSAGE} bytes")]
-    TooLong,
-    #[error("control message of unknown type {0:#04x}")]
-    UnknownType(u8),
-    #[error("{0} is reserved for a later version")]
-    Reserved(&'static str),
-    #[error("header byte 1 is {0:#04x}, must be zero")]
-    HeaderNotZero(u8),
-    #[error("header announces {announced} body bytes, the record holds {actual}")]
-    LengthMismatch { announced: usize, actual: usize },
-    #[error("a field runs past the end of the message")]
-    FieldOverrun,
-    #[error("field {0:#06x} is repeated or out of order")]
-    FieldOrder(u16),
-    #[error("field {0:#06x} is critical and unknown here")]
-    UnknownField(u16),
-    #[error("field {field:#06x} has {len} bytes")]
-    FieldLength { field: u16, len: usize },
-    #[error("field {0:#06x} is missing")]
-    MissingField(u16),
-    #[error("an address is unusable: {0}")]
-    BadAddress(&'static str),
-    #[error("counter is {got}, expected {expected}: a message is missing")]
-    CounterGap { expected: u64, got: u64 },
-    #[error("more than {MAX_DUPLICATES} repeated messages")]
-    TooManyDuplicates,
-    #[error("{got} is not allowed here (expected {expected})")]
-    Unexpected {
-        got: &'static str,
-        expected: &'static str,
-    },
-    #[error("message names another stream")]
-    WrongStream,
-    #[error("application data outside a stream")]
-    DataOutsideStream,
-    #[error("the direction counter is used up")]
-    CounterExhausted,
-}
-
-impl ProtocolError {
-    /// Stable name for metrics.
-    pub const fn as_str(&self) -> &'static str {
-        match self {
-            Self::Truncated { .. } => "truncated-message",
-            Self::TooLong => "message-too-long",
-            Self::UnknownType(_) => "unknown-message",
-            Self::Reserved(_) => "reserved-message",
-            Self::HeaderNotZero(_) => "bad-header",
-            Self::LengthMismatch { .. } => "length-mismatch",
-            Self::FieldOverrun => "field-overrun",
-            Self::FieldOrder(_) => "field-order",
-            Self::UnknownField(_) => "unknown-field",
-            Self::FieldLength { .. } => "field-length",
-            Self::MissingField(_) => "missing-field",
-            Self::BadAddress(_) => "bad-address",
-            Self::CounterGap { .. } => "counter-gap",
-            Self::TooManyDuplicates => "too-many-duplicates",
-            Self::Unexpected { .. } => "unexpected-message",
-            Self::WrongStream => "wrong-stream",
-            Self::DataOutsideStream => "data-outside-stream",
-            Self::CounterExhausted => "counter-exhausted",
         }
     }
 }
@@ -506,75 +351,6 @@ pub fn decode(record: &[u8]) -> Result<(Message, u64), ProtocolError> {
         }
     };
     Ok((message, u64::from_be_bytes(counter)))
-}
-
-/// The sending side's counter of one direction.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Sender {
-    next: u64,
-}
-
-impl Sender {
-    /// Rebuilds the counter: `next` is the number the next new message gets.
-    pub const fn resume(next: u64) -> Self {
-        Self { next }
-    }
-
-    pub const fn next(&self) -> u64 {
-        self.next
-    }
-
-    /// Encodes the next message of the direction.
-    pub fn encode(&mut self, message: &Message) -> Result<Encoded, ProtocolError> {
-        let counter = self.next;
-        self.next = counter
-            .checked_add(1)
-            .ok_or(ProtocolError::CounterExhausted)?;
-        Ok(encode(message, counter))
-    }
-}
-
-/// The receiving side's counter of one direction: drops what was seen, refuses gaps.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Receiver {
-    next: u64,
-    duplicates: u32,
-}
-
-impl Receiver {
-    /// Rebuilds the counter: `next` is the number the next new message must have.
-    pub const fn resume(next: u64) -> Self {
-        Self {
-            next,
-            duplicates: 0,
-        }
-    }
-
-    pub const fn next(&self) -> u64 {
-        self.next
-    }
-
-    /// Decodes one control record. `None`: a repetition of a message already taken.
-    pub fn accept(&mut self, record: &[u8]) -> Result<Option<Message>, ProtocolError> {
-        let (message, counter) = decode(record)?;
-        if counter < self.next {
-            self.duplicates += 1;
-            if self.duplicates > MAX_DUPLICATES {
-                return Err(ProtocolError::TooManyDuplicates);
-            }
-            return Ok(None);
-        }
-        if counter > self.next {
-            return Err(ProtocolError::CounterGap {
-                expected: self.next,
-                got: counter,
-            });
-        }
-        self.next = counter
-            .checked_add(1)
-            .ok_or(ProtocolError::CounterExhausted)?;
-        Ok(Some(message))
-    }
 }
 
 const F_STREAM: u16 = 1;

@@ -69,12 +69,24 @@ impl Outcome {
 /// after [`Tunnel::opened`]. The application's connection is closed when this returns:
 /// with FIN if the stream finished, with RST otherwise.
 ///
-/// Must be polled until it returns: dropping it resets the application and breaks the
-/// tunnel. To end a stream, use [`StreamHandle::cut`].
-pub async fn relay(app: TcpStream, mut tunnel: Tunnel, stream: Arc<StreamHandle>) -> RelayEnd {
+/// Must be polled until it returns: dropping it, even before the first poll, resets the
+/// application and breaks the tunnel. To end a stream, use [`StreamHandle::cut`].
+pub fn relay(
+    app: TcpStream,
+    tunnel: Tunnel,
+    stream: Arc<StreamHandle>,
+) -> impl Future<Output = RelayEnd> + Send {
     // Until the stream is known to be complete, whatever closes this socket (a dropped
     // future, the death of the process) must show as RST and never as a clean end.
     let _ = sys::set_reset_on_close(fd(&app), true);
+    relay_to_the_end(app, tunnel, stream)
+}
+
+async fn relay_to_the_end(
+    app: TcpStream,
+    mut tunnel: Tunnel,
+    stream: Arc<StreamHandle>,
+) -> RelayEnd {
     let outcome = match tunnel.active {
         Some(active) if active.opened || tunnel.role == Role::Client => {
             // Small messages must not wait for an acknowledgement.
@@ -293,4 +305,3 @@ async fn reset_app(app: TcpStream) {
     }
     drop(app);
 }
-

@@ -210,8 +210,7 @@ const CMSG_LEN_1: usize = mem::size_of::<libc::cmsghdr>() + 1;
 /// Sends `payload` as one TLS record of type `record_type` (kTLS sockets only).
 /// The kernel first closes a record that a splice has left open.
 ///
-/// Either the whole record is queued or nothing is; an empty payload sends no record
-/// and only closes the open one.
+/// A small record is queued whole or not at all.
 pub(crate) fn send_record(
     fd: BorrowedFd<'_>,
     record_type: u8,
@@ -247,14 +246,6 @@ pub(crate) fn send_record(
     })
 }
 
-/// Closes the record that a splice has left open, if there is one, without waiting for
-/// more of it. Keeps small send buffers of Linux 6.1 from stalling (`docs/protocol.md`
-/// knows nothing of this: it does not change what goes over the wire).
-pub(crate) fn close_open_record(fd: BorrowedFd<'_>) -> io::Result<()> {
-    const APPLICATION_DATA: u8 = 23;
-    send_record(fd, APPLICATION_DATA, &[]).map(drop)
-}
-
 /// What one `recvmsg` on a kTLS socket gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Received {
@@ -288,8 +279,7 @@ pub(crate) fn recv_record(fd: BorrowedFd<'_>, buf: &mut [u8]) -> io::Result<Rece
     msg.msg_controllen = mem::size_of::<RecordTypeCmsg>() as _;
     // SAFETY: recvmsg(2) writes at most iov_len bytes at iov_base and msg_controllen
     // bytes at msg_control; both are exclusively ours and alive.
-    let len =
-        check_len(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut msg, libc::MSG_DONTWAIT) })?;
+    let len = check_len(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut msg, libc::MSG_DONTWAIT) })?;
     // The kernel wrote one whole cmsg iff at least CMSG_LEN(1) bytes are announced.
     let typed = msg.msg_controllen as usize >= CMSG_LEN_1
         && control.header.cmsg_level == SOL_TLS
@@ -340,8 +330,7 @@ impl Pipe {
         };
         // A refusal (the user's pipe quota) costs speed and nothing else.
         // SAFETY: fcntl(F_SETPIPE_SZ) takes an int.
-        let _ =
-            unsafe { libc::fcntl(pipe.write.as_raw_fd(), libc::F_SETPIPE_SZ, PIPE_BYTES) };
+        let _ = unsafe { libc::fcntl(pipe.write.as_raw_fd(), libc::F_SETPIPE_SZ, PIPE_BYTES) };
         Ok(pipe)
     }
 }

@@ -132,7 +132,10 @@ async fn a_tls_1_2_server_is_refused() {
     let (answer, result) = tokio::join!(server, pki.connect(a, &CONFIG));
     let error = refused(result);
     assert!(matches!(error, HandshakeError::VersionTooOld), "{error:?}");
-    assert!(answer.ends_with(&[21, 3, 3, 0, 2, 2, 70]), "protocol_version");
+    assert!(
+        answer.ends_with(&[21, 3, 3, 0, 2, 2, 70]),
+        "protocol_version"
+    );
 }
 
 #[tokio::test]
@@ -329,7 +332,10 @@ async fn flip(
     let mut passed = 0;
     let mut buf = [0; 4096];
     while let Ok(n @ 1..) = from.read(&mut buf).await {
-        if let Some(at) = at.and_then(|at| at.checked_sub(passed)).filter(|at| *at < n) {
+        if let Some(at) = at
+            .and_then(|at| at.checked_sub(passed))
+            .filter(|at| *at < n)
+        {
             buf[at] ^= 0x10;
         }
         passed += n;

@@ -9,13 +9,6 @@ use serde::Deserialize;
 use crate::setup;
 use crate::ui;
 
-/// How to compile: `Release` for what is measured or shown, `Dev` for tests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Profile {
-    Dev,
-    Release,
-}
-
 /// Root of the source tree.
 pub fn workspace() -> PathBuf {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -29,7 +22,10 @@ pub fn cargo() -> Result<Command> {
     // Where the eBPF build looks first; only needed when the cache is not where it would
     // look by itself, and a change of the variable builds again.
     if std::env::var_os("RINGFENCE_CACHE").is_some() {
-        command.env("RINGFENCE_BPF_LINKER", setup::cache_dir()?.join("tools/bin/bpf-linker"));
+        command.env(
+            "RINGFENCE_BPF_LINKER",
+            setup::cache_dir()?.join("tools/bin/bpf-linker"),
+        );
     }
     // Set for us by `cargo run`, and about this package.
     for (name, _) in std::env::vars_os() {
@@ -41,18 +37,20 @@ pub fn cargo() -> Result<Command> {
     Ok(command)
 }
 
-/// Builds the program `ringfence` and returns its path.
-pub fn ringfence(profile: Profile) -> Result<PathBuf> {
+/// Builds the program `ringfence` as users get it and returns its path.
+pub fn ringfence() -> Result<PathBuf> {
     setup::ensure_ebpf_toolchain()?;
-    ui::line(match profile {
-        Profile::Release => "building ringfence (release; the first time takes some minutes)",
-        Profile::Dev => "building ringfence",
-    });
+    ui::line("building ringfence (the first time takes some minutes)");
     let mut command = cargo()?;
-    command.args(["build", "--locked", "--package", "ringfence", "--bin", "ringfence"]);
-    if profile == Profile::Release {
-        command.arg("--release");
-    }
+    command.args([
+        "build",
+        "--locked",
+        "--release",
+        "--package",
+        "ringfence",
+        "--bin",
+        "ringfence",
+    ]);
     let built = executables(command)?;
     built
         .into_iter()
@@ -82,8 +80,16 @@ pub fn executables(mut command: Command) -> Result<Vec<Executable>> {
         .spawn()
         .context("starting cargo")?
         .wait_with_output()?;
-    ensure!(output.status.success(), "`{}` ended with {}", ui::command_line(&command), output.status);
-    Ok(String::from_utf8_lossy(&output.stdout).lines().filter_map(executable).collect())
+    ensure!(
+        output.status.success(),
+        "`{}` ended with {}",
+        ui::command_line(&command),
+        output.status
+    );
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(executable)
+        .collect())
 }
 
 #[derive(Deserialize)]

@@ -5,7 +5,7 @@ mod identities;
 mod outside;
 mod refusals;
 mod report;
-mod traffic;
+pub mod traffic;
 mod wire;
 
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use ringfence_lab::{Lab, LabConfig, LabId, kernel_view};
 
-use crate::build::{Profile, ringfence};
+use crate::build::ringfence;
 use crate::setup::{LAB, ensure_kernel, ensure_programs};
 use crate::{ui, vm};
 use report::{Report, Rows};
@@ -68,7 +68,9 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     };
     match (&guest, &missing) {
         (Some(series), Some(reason)) => {
-            ui::line(format!("This kernel ({kernel}) cannot protect TLS records: {reason}."));
+            ui::line(format!(
+                "This kernel ({kernel}) cannot protect TLS records: {reason}."
+            ));
             ui::line(format!(
                 "So the demo runs in a guest with kernel {series} under software emulation; \
                  `--here` runs it on this kernel, with the records protected in software."
@@ -83,39 +85,62 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     ensure_programs(LAB)?;
     let binary = match &arguments.binary {
         Some(binary) => binary.canonicalize().context("--binary")?,
-        None => ringfence(Profile::Release)?,
+        None => ringfence()?,
     };
     let report = match guest {
         Some(series) => in_guest(&series, &binary, arguments.json)?,
-        None => here(&binary, MEGABYTES_HERE, Duration::from_secs(60), arguments.json)?,
+        None => here(
+            &binary,
+            MEGABYTES_HERE,
+            Duration::from_secs(60),
+            arguments.json,
+        )?,
     };
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         println!("{}", report.summary());
     }
-    Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.passed() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// The part that runs inside the guest; the report goes to the host as JSON.
 pub fn run_as_guest(arguments: &GuestArguments) -> Result<ExitCode> {
-    let report = here(&arguments.binary, arguments.megabytes, Duration::from_secs(240), false)?;
+    let report = here(
+        &arguments.binary,
+        arguments.megabytes,
+        Duration::from_secs(240),
+        false,
+    )?;
     std::fs::write(vm::REPORT, serde_json::to_string(&report)?)?;
-    Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if report.passed() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn in_guest(series: &str, binary: &Path, quiet: bool) -> Result<Report> {
     ensure_programs(crate::setup::GUEST)?;
     let kernel = ensure_kernel(series)?;
     ui::line(format!("booting kernel {}", kernel.release));
-    let (own, program) = ("/usr/local/bin/xtask", "/usr/local/bin/ringfence");
+    let program = "/usr/local/bin/ringfence";
     let megabytes = MEGABYTES_IN_GUEST.to_string();
-    let command = [own, "guest-demo", "--binary", program, "--megabytes", &megabytes];
-    let mut guest = vm::Guest::new(series, command.map(str::to_owned).to_vec());
-    guest.files = vec![
-        (std::env::current_exe()?, own.to_owned()),
-        (binary.to_owned(), program.to_owned()),
+    let command = [
+        vm::OWN_PROGRAM,
+        "guest-demo",
+        "--binary",
+        program,
+        "--megabytes",
+        &megabytes,
     ];
+    let mut guest = vm::Guest::new(series, command.map(str::to_owned).to_vec());
+    guest.with_xtask = true;
+    guest.files = vec![(binary.to_owned(), program.to_owned())];
     guest.timeout = Duration::from_secs(900);
     let mut output = String::new();
     let ended = guest.run(|line| {
@@ -131,7 +156,8 @@ fn in_guest(series: &str, binary: &Path, quiet: bool) -> Result<Report> {
         ended.code,
         ui::last_lines(&output, 40)
     );
-    let report: Report = serde_json::from_str(&ended.report).context("reading the guest's report")?;
+    let report: Report =
+        serde_json::from_str(&ended.report).context("reading the guest's report")?;
     ensure!(
         report.passed() == (ended.code == 0),
         "the guest's exit code {} contradicts its report",
@@ -149,7 +175,13 @@ fn here(binary: &Path, megabytes: u64, patience: Duration, quiet: bool) -> Resul
     progress.stop();
     let id = config.id.clone();
     let result = lab.and_then(|lab| {
-        let node = lab.topology().nodes.first().context("a lab without nodes")?.name.clone();
+        let node = lab
+            .topology()
+            .nodes
+            .first()
+            .context("a lab without nodes")?
+            .name
+            .clone();
         let record_layer = lab.status(&node)?.record_layer;
         let mut rows = Rows::new(quiet);
         rows.heading(&format!(
@@ -158,7 +190,11 @@ fn here(binary: &Path, megabytes: u64, patience: Duration, quiet: bool) -> Resul
             record_layer.mode,
             record_layer.reason
         ));
-        let mut demo = Demo { lab, megabytes, patience: patience / 2 };
+        let mut demo = Demo {
+            lab,
+            megabytes,
+            patience: patience / 2,
+        };
         demo.all_rows(&mut rows, &record_layer.mode);
         Ok(Report {
             kernel: uname(),

@@ -9,7 +9,7 @@ use clap::{Subcommand, ValueEnum};
 use ringfence_lab::topology::{PodSpec, Role, WEB_VIP};
 use ringfence_lab::{Lab, LabConfig, LabId, RecordLayer, down};
 
-use crate::build::{Profile, ringfence};
+use crate::build::ringfence;
 use crate::setup::{LAB, ensure_programs};
 use crate::ui;
 
@@ -68,12 +68,19 @@ impl From<Layer> for RecordLayer {
 pub fn run(action: Action) -> Result<ExitCode> {
     let id = LabId::hands_on();
     match action {
-        Action::Up { nodes, pods, record_layer, no_mesh, binary, log } => {
+        Action::Up {
+            nodes,
+            pods,
+            record_layer,
+            no_mesh,
+            binary,
+            log,
+        } => {
             ensure_programs(LAB)?;
             let binary = match (no_mesh, binary) {
                 (true, _) => None,
                 (false, Some(binary)) => Some(binary.canonicalize().context("--binary")?),
-                (false, None) => Some(ringfence(Profile::Release)?),
+                (false, None) => Some(ringfence()?),
             };
             let pods = match pods {
                 Some(list) => PodSpec::parse_list(&list, nodes)?,
@@ -110,7 +117,9 @@ fn exec(id: &LabId, place: &str, command: &[String]) -> Result<ExitCode> {
         .args(arguments)
         .status()
         .with_context(|| format!("starting {program} in {place}"))?;
-    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+    let code = status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
 }
 
@@ -126,8 +135,11 @@ fn status(id: &LabId) -> Result<ExitCode> {
     for node in &lab.topology().nodes {
         match lab.status(&node.name) {
             Ok(status) => {
-                let state =
-                    if status.ready { "ready".to_owned() } else { status.why_not_ready() };
+                let state = if status.ready {
+                    "ready".to_owned()
+                } else {
+                    status.why_not_ready()
+                };
                 println!(
                     "agent of {}: {state}; records: {} ({}); {} live streams; socket {}",
                     node.name,
@@ -148,47 +160,73 @@ fn status(id: &LabId) -> Result<ExitCode> {
 
 fn print_summary(lab: &Lab) -> Result<()> {
     print_pods(lab)?;
-    let (vip4, vip6) = WEB_VIP;
-    println!("\nThe service web is at {vip4} and {vip6}, ports 80 and 8080 (nginx), 6379 (redis), 5201 (iperf3).");
-    if let Some(node) = lab.topology().nodes.first()
-        && lab.mesh().is_ok()
-    {
-        let status = lab.status(&node.name)?;
-        println!(
-            "Records are protected by: {} ({}).",
-            status.record_layer.mode, status.record_layer.reason
-        );
-        println!("Policies: {} (read again when it changes)", lab.mesh_file().display());
-        println!("Logs: {}/*.log", lab.dir().display());
+    match lab.topology().nodes.first() {
+        Some(node) if lab.mesh().is_ok() => print_mesh(lab, &node.name)?,
+        _ => println!("\nNo mesh: pods reach each other directly."),
     }
     println!("\nNow try:");
-    for hint in [
-        format!("exec client -- curl -s http://{vip4}:8080/"),
-        format!("exec client -- redis-cli -h {vip4} ping"),
-        format!("exec client -- iperf3 -c {vip6}"),
-        format!("exec intruder -- curl -sS http://{vip4}:8080/     # refused: policy"),
-        format!(
-            "exec outside -- curl -sS http://{}:8080/   # refused: plaintext",
-            lab.pod("web").map(|pod| pod.addresses.0.to_string()).unwrap_or_default()
-        ),
-        "status".to_owned(),
-        "down".to_owned(),
-    ] {
+    for hint in hints(lab) {
         println!("  cargo xtask lab {hint}");
-    }
-    if let Some(node) = lab.topology().nodes.first()
-        && let Ok(_mesh) = lab.mesh()
-    {
-        println!(
-            "  target/release/ringfence status --socket {}",
-            lab.agent_socket(&node.name).display()
-        );
     }
     Ok(())
 }
 
+fn print_mesh(lab: &Lab, node: &str) -> Result<()> {
+    let (vip4, vip6) = WEB_VIP;
+    let layer = lab.status(node)?.record_layer;
+    println!(
+        "\nThe service web is at {vip4} and {vip6}: ports 80 and 8080 (nginx), 6379 (redis), 5201 (iperf3).
+Records are protected by: {} ({}).
+Policies: {} (read again when it changes). Logs: {}/*.log
+More: ringfence status --socket {}",
+        layer.mode,
+        layer.reason,
+        lab.mesh_file().display(),
+        lab.dir().display(),
+        lab.agent_socket(node).display()
+    );
+    Ok(())
+}
+
+/// Commands that work with the pods that are there.
+fn hints(lab: &Lab) -> Vec<String> {
+    let mesh = lab.mesh().is_ok();
+    let mut hints = Vec::new();
+    if let Ok(web) = lab.pod("web") {
+        let direct = web.addresses.0.to_string();
+        let service = if mesh {
+            WEB_VIP.0.to_string()
+        } else {
+            direct.clone()
+        };
+        let mut add = |pod: &str, command: String| {
+            if lab.pod(pod).is_ok() {
+                hints.push(format!("exec {pod} -- {command}"));
+            }
+        };
+        add("client", format!("curl -s http://{service}:8080/"));
+        add("client", format!("redis-cli -h {service} ping"));
+        add("client", format!("iperf3 -c {service}"));
+        if mesh {
+            add(
+                "intruder",
+                format!("curl -sS http://{service}:8080/    # refused: policy"),
+            );
+            add(
+                "outside",
+                format!("curl -sS http://{direct}:8080/    # refused: plaintext"),
+            );
+        }
+    }
+    hints.extend(["status", "down"].map(str::to_owned));
+    hints
+}
+
 fn print_pods(lab: &Lab) -> Result<()> {
-    println!("{:<12} {:<8} {:<13} {:<12} {:<26} namespace", "pod", "node", "IPv4", "IPv6", "what it is");
+    println!(
+        "{:<12} {:<8} {:<13} {:<12} {:<26} namespace",
+        "pod", "node", "IPv4", "IPv6", "what it is"
+    );
     for pod in &lab.topology().pods {
         let what = match (pod.spec.role, pod.spec.serves) {
             (Role::Mesh, true) => "in the mesh, serves",

@@ -22,21 +22,48 @@ pub fn run() -> Result<ExitCode> {
 pub fn checks(tally: &mut Tally) -> Result<()> {
     ensure_ebpf_toolchain()?;
     let cargo_deny = ensure_cargo_deny()?;
-    check(tally, "cargo fmt", cargo()?.args(["fmt", "--all", "--check"]))?;
+    check(
+        tally,
+        "cargo fmt",
+        cargo()?.args(["fmt", "--all", "--check"]),
+    )?;
     check(
         tally,
         "cargo fmt, eBPF programs",
-        cargo()?.args(["fmt", "--all", "--check", "--manifest-path", "bpf/Cargo.toml"]),
+        cargo()?.args([
+            "fmt",
+            "--all",
+            "--check",
+            "--manifest-path",
+            "bpf/Cargo.toml",
+        ]),
     )?;
     check(
         tally,
         "cargo clippy",
-        cargo()?.args(["clippy", "--quiet", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]),
+        cargo()?.args([
+            "clippy",
+            "--quiet",
+            "--workspace",
+            "--all-targets",
+            "--locked",
+            "--",
+            "-D",
+            "warnings",
+        ]),
     )?;
     check(
         tally,
         "cargo deny: licences, bans, sources",
-        deny(&cargo_deny).args(["--log-level", "error", "check", "--hide-inclusion-graph", "licenses", "bans", "sources"]),
+        deny(&cargo_deny).args([
+            "--log-level",
+            "error",
+            "check",
+            "--hide-inclusion-graph",
+            "licenses",
+            "bans",
+            "sources",
+        ]),
     )?;
     advisories(tally, &cargo_deny)
 }
@@ -53,7 +80,11 @@ fn check(tally: &mut Tally, name: &str, command: &mut Command) -> Result<()> {
     let outcome = if output.status.success() {
         Outcome::Passed
     } else {
-        Outcome::Failed(format!("{}{}", String::from_utf8_lossy(&output.stdout), output.status))
+        Outcome::Failed(format!(
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            output.status
+        ))
     };
     tally.add(SUITE, name, outcome);
     Ok(())
@@ -64,11 +95,24 @@ fn check(tally: &mut Tally, name: &str, command: &mut Command) -> Result<()> {
 fn advisories(tally: &mut Tally, cargo_deny: &Path) -> Result<()> {
     let name = "cargo deny: advisories";
     let progress = ui::Progress::start(name);
-    let fetched = deny(cargo_deny).args(["fetch", "db"]).stdin(Stdio::null()).output();
+    let fetched = deny(cargo_deny)
+        .args(["fetch", "db"])
+        .stdin(Stdio::null())
+        .output();
     progress.stop();
     let fetched = fetched.context("starting cargo-deny")?;
     if fetched.status.success() {
-        return check(tally, name, deny(cargo_deny).args(["--log-level", "error", "check", "--disable-fetch", "advisories"]));
+        return check(
+            tally,
+            name,
+            deny(cargo_deny).args([
+                "--log-level",
+                "error",
+                "check",
+                "--disable-fetch",
+                "advisories",
+            ]),
+        );
     }
     let text = String::from_utf8_lossy(&fetched.stderr);
     let reason = text
@@ -76,7 +120,11 @@ fn advisories(tally: &mut Tally, cargo_deny: &Path) -> Result<()> {
         .map(str::trim)
         .rfind(|line| !line.is_empty())
         .unwrap_or("no message");
-    tally.add(SUITE, name, Outcome::Skipped(format!("the advisory database cannot be fetched: {reason}")));
+    tally.add(
+        SUITE,
+        name,
+        Outcome::Skipped(format!("the advisory database cannot be fetched: {reason}")),
+    );
     Ok(())
 }
 

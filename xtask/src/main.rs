@@ -1,5 +1,6 @@
 //! The one command surface of the project: `cargo xtask --help`.
 
+mod bench;
 mod build;
 mod demo;
 mod lab;
@@ -17,7 +18,11 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask", about = "Builds, shows and tests Ringfence", version)]
+#[command(
+    name = "cargo xtask",
+    about = "Builds, shows and tests Ringfence",
+    version
+)]
 struct Arguments {
     #[command(subcommand)]
     task: Task,
@@ -37,6 +42,8 @@ enum Task {
     GuestTests(test::GuestArguments),
     /// Formatting, clippy, licences and banned crates
     Lint,
+    /// Measure without and with the mesh, side by side
+    Bench(bench::Arguments),
     /// A network of namespaces with the mesh on it, for hands-on work
     Lab {
         #[command(subcommand)]
@@ -76,24 +83,36 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Test(arguments) => test::run(&arguments),
         Task::GuestTests(arguments) => test::run_as_guest(&arguments),
         Task::Lint => lint::run(),
+        Task::Bench(arguments) => bench::run(&arguments),
         Task::Lab { action } => lab::run(action),
-        Task::Vm { kernel, timeout, files, command } => vm(&kernel, timeout, files, command),
+        Task::Vm {
+            kernel,
+            timeout,
+            files,
+            command,
+        } => vm(&kernel, timeout, files, command),
     }
 }
 
-fn vm(kernel: &str, timeout: u64, files: Vec<PathBuf>, mut command: Vec<String>) -> Result<ExitCode> {
+fn vm(
+    kernel: &str,
+    timeout: u64,
+    files: Vec<PathBuf>,
+    mut command: Vec<String>,
+) -> Result<ExitCode> {
     let mut guest_files = Vec::new();
     for file in files {
-        let file = file.canonicalize().with_context(|| format!("--add {}", file.display()))?;
+        let file = file
+            .canonicalize()
+            .with_context(|| format!("--add {}", file.display()))?;
         guest_files.push((file.clone(), file.to_string_lossy().into_owned()));
     }
     if let Some(program) = command.first_mut()
         && program.contains('/')
+        && let Ok(path) = PathBuf::from(program.as_str()).canonicalize()
     {
-        if let Ok(path) = PathBuf::from(program.as_str()).canonicalize() {
-            *program = path.to_string_lossy().into_owned();
-            guest_files.push((path, program.clone()));
-        }
+        *program = path.to_string_lossy().into_owned();
+        guest_files.push((path, program.clone()));
     }
     let mut guest = vm::Guest::new(kernel, command);
     guest.files = guest_files;

@@ -43,13 +43,18 @@ pub const BENCH: &[Program] = &[Program::new("wrk", "wrk")];
 
 /// `$RINGFENCE_CACHE`, else `$XDG_CACHE_HOME/ringfence`, else `~/.cache/ringfence`.
 pub fn cache_dir() -> Result<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let set = |name: &str| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
     let dir = set("RINGFENCE_CACHE")
         .or_else(|| set("XDG_CACHE_HOME").map(|d| d.join("ringfence")))
         .or_else(|| set("HOME").map(|d| d.join(".cache/ringfence")))
         .context("no place for the cache: set RINGFENCE_CACHE, XDG_CACHE_HOME or HOME")?;
     std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
-    dir.canonicalize().with_context(|| format!("resolving {}", dir.display()))
+    dir.canonicalize()
+        .with_context(|| format!("resolving {}", dir.display()))
 }
 
 /// Installs everything that any command could need.
@@ -75,5 +80,6 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
 
 fn is_executable(path: &Path) -> bool {
     use std::os::unix::fs::PermissionsExt;
-    path.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+    path.metadata()
+        .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
 }

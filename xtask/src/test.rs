@@ -7,12 +7,12 @@ mod libtest;
 pub mod tally;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::build::{Executable, Profile, cargo, executables, ringfence, workspace};
+use crate::build::{Executable, cargo, executables, workspace};
 use crate::setup::{self, GUEST, KERNELS, LAB, cache_dir, ensure_programs};
 use crate::{lint, ui, vm};
 use libtest::Suite;
@@ -54,8 +54,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     if !arguments.no_lint && arguments.kernel.is_empty() && arguments.only.is_none() {
         lint::checks(&mut tally)?;
     }
-    let binary = ringfence(Profile::Dev)?;
-    let mut suites = build_suites(&binary)?;
+    let (binary, mut suites) = build_suites()?;
     if let Some(text) = &arguments.only {
         suites.retain(|suite| suite.name.contains(text.as_str()));
         ensure!(!suites.is_empty(), "no suite's name contains {text}");
@@ -109,26 +108,45 @@ fn run_suite(tally: &mut Tally, suite: &Suite, place: &str) -> Result<()> {
     Ok(())
 }
 
-/// Compiles every test program of the workspace.
-fn build_suites(binary: &Path) -> Result<Vec<Suite>> {
-    ui::line("building the tests");
+/// Compiles `ringfence` and every test program. In one go: apart, cargo would choose other
+/// features for shared dependencies and compile most of them twice.
+fn build_suites() -> Result<(PathBuf, Vec<Suite>)> {
+    setup::ensure_ebpf_toolchain()?;
+    ui::line("building ringfence and the tests");
     let mut command = cargo()?;
-    command.args(["test", "--workspace", "--locked", "--no-run"]);
-    let mut suites: Vec<Suite> = executables(command)?
+    command.args([
+        "build",
+        "--workspace",
+        "--lib",
+        "--bins",
+        "--tests",
+        "--locked",
+    ]);
+    let (tests, programs): (Vec<Executable>, Vec<Executable>) =
+        executables(command)?.into_iter().partition(|built| {
+            built
+                .path
+                .parent()
+                .is_some_and(|folder| folder.ends_with("deps"))
+        });
+    let binary = programs
         .into_iter()
-        .filter(|executable| executable.path.parent().is_some_and(|dir| dir.ends_with("deps")))
-        .map(|executable| suite(&executable, binary))
-        .collect();
+        .find(|program| program.name == "ringfence")
+        .context("cargo built no program `ringfence`")?
+        .path;
+    let mut suites: Vec<Suite> = tests.iter().map(|test| suite(test, &binary)).collect();
     ensure!(!suites.is_empty(), "cargo built no test programs");
     suites.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(suites)
+    Ok((binary, suites))
 }
 
 fn suite(executable: &Executable, binary: &Path) -> Suite {
     let package = &executable.package;
     let folder = libtest::folder(&workspace(), package);
     let integration = ["", "/main"].iter().any(|suffix| {
-        folder.join(format!("tests/{}{suffix}.rs", executable.name)).is_file()
+        folder
+            .join(format!("tests/{}{suffix}.rs", executable.name))
+            .is_file()
     });
     Suite {
         name: libtest::suite_name(package, &executable.name, !integration),
@@ -150,18 +168,16 @@ fn depends_on_kernel(suite: &Suite) -> bool {
 fn in_guest(kernel: &str, suites: &[Suite], binary: &Path) -> Result<Vec<Entry>> {
     ensure_programs(GUEST)?;
     let release = setup::ensure_kernel(kernel)?.release;
-    let chosen: Vec<&Suite> = suites.iter().filter(|suite| depends_on_kernel(suite)).collect();
-    let stripped = cache_dir()?.join("vm/tests");
-    std::fs::create_dir_all(&stripped)?;
-    let (own, program) = ("/usr/local/bin/xtask", "/usr/local/bin/ringfence");
-    let mut files = vec![
-        (without_debug_info(&std::env::current_exe()?, &stripped)?, own.to_owned()),
-        (without_debug_info(binary, &stripped)?, program.to_owned()),
-    ];
+    let chosen: Vec<&Suite> = suites
+        .iter()
+        .filter(|suite| depends_on_kernel(suite))
+        .collect();
+    let program = "/usr/local/bin/ringfence";
+    let mut files = vec![(binary.to_owned(), program.to_owned())];
     let mut guest_suites = Vec::new();
     for (number, suite) in chosen.iter().enumerate() {
         let place = format!("/tests/{number}");
-        files.push((without_debug_info(&suite.program, &stripped)?, place.clone()));
+        files.push((suite.program.clone(), place.clone()));
         guest_suites.push(Suite {
             name: format!("kernel {kernel}: {}", suite.name),
             program: place.into(),
@@ -170,14 +186,23 @@ fn in_guest(kernel: &str, suites: &[Suite], binary: &Path) -> Result<Vec<Entry>>
             serial: true,
         });
     }
-    let list = stripped.join(format!("suites-{kernel}.json"));
+    let list = cache_dir()?.join(format!("vm/suites-{kernel}.json"));
     std::fs::write(&list, serde_json::to_vec(&guest_suites)?)?;
     files.push((list, "/tests/suites.json".to_owned()));
-    let command = [own, "guest-tests", "--suites", "/tests/suites.json"];
+    let command = [
+        vm::OWN_PROGRAM,
+        "guest-tests",
+        "--suites",
+        "/tests/suites.json",
+    ];
     let mut guest = vm::Guest::new(kernel, command.map(str::to_owned).to_vec());
+    guest.with_xtask = true;
     guest.files = files;
     guest.timeout = Duration::from_secs(1500);
-    ui::line(format!("guest with kernel {release}: {} suites", guest_suites.len()));
+    ui::line(format!(
+        "guest with kernel {release}: {} suites",
+        guest_suites.len()
+    ));
     let started = Instant::now();
     let progress = ui::Progress::start(&format!("tests in the guest with kernel {kernel}"));
     let ended = guest.run(|_| {});
@@ -201,14 +226,4 @@ fn in_guest(kernel: &str, suites: &[Suite], binary: &Path) -> Result<Vec<Entry>>
             outcome: Outcome::Failed(format!("{error:#}")),
         }],
     })
-}
-
-/// A copy without debug information: a guest's file system lives in its memory.
-fn without_debug_info(program: &Path, dir: &Path) -> Result<PathBuf> {
-    let copy = dir.join(program.file_name().context("a program without a name")?);
-    let made = Command::new("strip").arg("--strip-debug").arg("-o").arg(&copy).arg(program).status();
-    if made.is_ok_and(|status| status.success()) {
-        return Ok(copy);
-    }
-    Ok(program.to_owned())
 }

@@ -23,7 +23,10 @@ pub fn line(text: impl AsRef<str>) {
 pub fn run(label: &str, command: &mut Command) -> Result<()> {
     let log = log_path(label)?;
     let file = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
-    command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+    command
+        .stdin(Stdio::null())
+        .stdout(file.try_clone()?)
+        .stderr(file);
     let progress = Progress::start(label);
     let status = command.status();
     progress.stop();
@@ -70,7 +73,10 @@ impl Progress {
                 eprint!("\r\x1b[K");
             }
         });
-        Progress { stop: Some(stop), thread: Some(thread) }
+        Progress {
+            stop: Some(stop),
+            thread: Some(thread),
+        }
     }
 
     /// Removes the progress line.
@@ -98,7 +104,11 @@ pub fn tail(path: &Path, lines: usize) -> String {
 pub fn last_lines(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.lines().collect();
     let from = all.len().saturating_sub(lines);
-    all.iter().skip(from).map(|l| format!("    {l}")).collect::<Vec<_>>().join("\n")
+    all.iter()
+        .skip(from)
+        .map(|l| format!("    {l}"))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// The command as one would type it.
@@ -117,8 +127,10 @@ fn program_of(command: &Command) -> String {
 fn log_path(label: &str) -> Result<PathBuf> {
     let dir = crate::setup::cache_dir()?.join("logs");
     std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
-    let name: String =
-        label.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let name: String = label
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .collect();
     Ok(dir.join(format!("{name}.log")))
 }
 

@@ -29,9 +29,9 @@ pub struct Guest {
     pub command: Vec<String>,
     /// Files of the host, and their places in the guest. Libraries of programs come along.
     pub files: Vec<(PathBuf, String)>,
-    /// Host programs beyond [`GUEST_PROGRAMS`], by name, which keep their places.
-    pub programs: Vec<&'static str>,
     pub environment: Vec<(String, String)>,
+    /// Whether this very program is in the guest, as [`OWN_PROGRAM`].
+    pub with_xtask: bool,
     pub timeout: Duration,
 }
 
@@ -47,9 +47,20 @@ pub struct Ended {
 /// A file in the guest whose content comes back in [`Ended::report`].
 pub const REPORT: &str = "/run/guest-report";
 
+/// Where this program is in a guest that has it.
+pub const OWN_PROGRAM: &str = "/usr/local/bin/xtask";
+
 /// Host programs that every guest has, beside dash, bash and busybox's applets.
 const GUEST_PROGRAMS: &[&str] = &[
-    "ip", "ss", "nginx", "redis-server", "redis-cli", "iperf3", "curl", "sha256sum", "nsenter",
+    "ip",
+    "ss",
+    "nginx",
+    "redis-server",
+    "redis-cli",
+    "iperf3",
+    "curl",
+    "sha256sum",
+    "nsenter",
     "openssl",
 ];
 
@@ -59,24 +70,25 @@ impl Guest {
             kernel: kernel.to_owned(),
             command,
             files: Vec::new(),
-            programs: Vec::new(),
             environment: Vec::new(),
+            with_xtask: false,
             timeout: Duration::from_secs(300),
         }
     }
 
     /// Boots, runs the command, and hands every line that it prints to `print`.
     pub fn run(&self, mut print: impl FnMut(&str)) -> Result<Ended> {
-        ensure!(cfg!(target_arch = "x86_64"), "the guest kernels are for x86-64 hosts");
+        ensure!(
+            cfg!(target_arch = "x86_64"),
+            "the guest kernels are for x86-64 hosts"
+        );
         ensure_programs(&[GUEST, setup::LAB].concat())?;
         let kernel = ensure_kernel(&self.kernel)?;
-        let programs: Vec<&str> =
-            GUEST_PROGRAMS.iter().copied().chain(self.programs.iter().copied()).collect();
-        let base = initramfs::base(&kernel, &programs)?;
+        let base = initramfs::base(&kernel, GUEST_PROGRAMS)?;
         let work = WorkDir::create()?;
         let nonce = nonce();
         let archive = work.path.join("initramfs");
-        initramfs::complete(self, &base, &nonce, &archive)?;
+        initramfs::complete(self, &self.slim_files(&work.path)?, &base, &nonce, &archive)?;
         let control = work.path.join("control");
         std::fs::write(&control, "")?;
         let mut qemu = self.boot(&kernel.image, &archive, &control)?;
@@ -93,8 +105,36 @@ impl Guest {
         })
     }
 
+    /// The files, with programs freed of debug information: a guest's file system lives in
+    /// its memory.
+    fn slim_files(&self, dir: &Path) -> Result<Vec<(PathBuf, String)>> {
+        let mut files = self.files.clone();
+        if self.with_xtask {
+            // Not by its path: a build in the meantime may have replaced the file.
+            let copy = dir.join("xtask");
+            std::fs::copy("/proc/self/exe", &copy).context("copying this program")?;
+            files.push((copy, OWN_PROGRAM.to_owned()));
+        }
+        for (number, (source, _)) in files.iter_mut().enumerate() {
+            let slim = dir.join(format!("file-{number}"));
+            let stripped = Command::new("strip")
+                .arg("--strip-debug")
+                .arg("-o")
+                .arg(&slim)
+                .arg(&*source)
+                .stderr(Stdio::null())
+                .status();
+            // What is no program, or a machine without binutils: as it is.
+            if stripped.is_ok_and(|status| status.success()) {
+                *source = slim;
+            }
+        }
+        Ok(files)
+    }
+
     fn boot(&self, image: &Path, archive: &Path, control: &Path) -> Result<Qemu> {
-        let qemu = setup::find_program("qemu-system-x86_64").context("qemu-system-x86_64 is missing")?;
+        let qemu =
+            setup::find_program("qemu-system-x86_64").context("qemu-system-x86_64 is missing")?;
         let mut command = Command::new(qemu);
         command
             // A /dev/kvm that does not run stock kernels is common inside VMs; emulation
@@ -118,7 +158,9 @@ impl Guest {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         ringfence_lab::process::die_with_parent(&mut command);
-        Ok(Qemu(command.spawn().context("starting qemu-system-x86_64")?))
+        Ok(Qemu(
+            command.spawn().context("starting qemu-system-x86_64")?,
+        ))
     }
 
     /// Passes the console on until it closes, and returns all of it.
@@ -152,7 +194,11 @@ impl Guest {
                     "the guest (kernel {}) did not finish within {} s{}; the end of its console:\n{}",
                     self.kernel,
                     self.timeout.as_secs(),
-                    if ready { "" } else { " and never got to the command" },
+                    if ready {
+                        ""
+                    } else {
+                        " and never got to the command"
+                    },
                     ui::last_lines(&transcript, 40)
                 ),
             }
@@ -172,7 +218,10 @@ fn done_marker(nonce: &str) -> String {
 fn parse_control(text: &str, nonce: &str) -> Option<Ended> {
     let (report, end) = text.rsplit_once(&format!("end {nonce} "))?;
     let code = end.trim().parse().ok()?;
-    Some(Ended { code, report: report.trim_end().to_owned() })
+    Some(Ended {
+        code,
+        report: report.trim_end().to_owned(),
+    })
 }
 
 /// Something that no output of an earlier run can contain.
@@ -201,7 +250,10 @@ fn console_lines(qemu: &mut Child) -> Result<Receiver<String>> {
         let mut bytes = Vec::new();
         while reader.read_until(b'\n', &mut bytes).is_ok_and(|n| n > 0) {
             let line = String::from_utf8_lossy(&bytes);
-            if sender.send(line.trim_end_matches(['\r', '\n']).to_owned()).is_err() {
+            if sender
+                .send(line.trim_end_matches(['\r', '\n']).to_owned())
+                .is_err()
+            {
                 return;
             }
             bytes.clear();
@@ -239,7 +291,12 @@ impl WorkDir {
         let runs = setup::cache_dir()?.join("vm/runs");
         std::fs::create_dir_all(&runs)?;
         for entry in std::fs::read_dir(&runs)?.flatten() {
-            let owner = entry.file_name().to_string_lossy().split('-').next().map(str::to_owned);
+            let owner = entry
+                .file_name()
+                .to_string_lossy()
+                .split('-')
+                .next()
+                .map(str::to_owned);
             if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
                 let _ = std::fs::remove_dir_all(entry.path());
             }
@@ -263,7 +320,13 @@ mod tests {
     #[test]
     fn the_exit_code_is_read_after_the_report() {
         let ended = parse_control("{\"rows\":[]}\nend abc 3\n", "abc");
-        assert_eq!(ended, Some(Ended { code: 3, report: "{\"rows\":[]}".to_owned() }));
+        assert_eq!(
+            ended,
+            Some(Ended {
+                code: 3,
+                report: "{\"rows\":[]}".to_owned()
+            })
+        );
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use ktls_offload::{Open, RefuseReason, Tunnel};
 use ringfence_identity::{ExpectedPeer, PeerVerifier, tls};
@@ -47,14 +47,15 @@ async fn accept(agent: &Agent, pod: &Pod, stream: TcpStream, from: SocketAddr) -
             return None;
         }
     };
-    let verifier = PeerVerifier::new(agent.bundles.clone(), ExpectedPeer::AnyTrusted);
-    let config = match tls::server_config(&svid, verifier.clone(), TUNNEL_ALPN) {
-        Ok(config) => config,
-        Err(error) => {
-            refuse("internal", &error);
-            return None;
-        }
-    };
+    let verifier = PeerVerifier::new(agent.trust.clone(), ExpectedPeer::AnyTrusted);
+    let config =
+        match tls::server_config_with(&svid, verifier.clone(), TUNNEL_ALPN, agent.key_exchange) {
+            Ok(config) => config,
+            Err(error) => {
+                refuse("internal", &error);
+                return None;
+            }
+        };
     match Tunnel::accept(stream, Arc::new(config), &verifier, &agent.tunnels).await {
         Ok(tunnel) => {
             agent.handshake_done(Direction::Inbound, &tunnel);
@@ -104,7 +105,7 @@ async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, mut tunnel: Tunnel) {
             direction: Direction::Inbound,
             source: open.source,
             destination: open.destination,
-            peer: tunnel.peer().id().to_string().into(),
+            session: tunnel.session().clone(),
             handle: Arc::default(),
             since: Instant::now(),
             pod: pod.clone(),
@@ -128,6 +129,13 @@ async fn last_hop(
     if tunnel.peer().not_after() < status::now().cast_signed() {
         return Err(RefuseReason::CertificateExpired);
     }
+    if agent
+        .trust
+        .revoked(tunnel.peer(), SystemTime::now())
+        .is_err()
+    {
+        return Err(RefuseReason::CertificateRevoked);
+    }
     let workload = pod.workload().ok_or(RefuseReason::Overloaded)?;
     let destination = super::outbound::canonical(open.destination);
     if !workload.addresses.contains(&destination.ip()) {
@@ -141,13 +149,12 @@ async fn last_hop(
         return Err(RefuseReason::SourceForged);
     }
 
-    let identity = agent
-        .identities
-        .number(tunnel.peer().id())
-        .map_err(|error| {
-            tracing::warn!(%error, "a verified identity has no number: refused");
-            RefuseReason::PolicyDenied
-        })?;
+    // Policies name the canonical domain, whichever alias the certificate has.
+    let canonical = agent.trust.aliases().canonical(tunnel.peer().id());
+    let identity = agent.identities.number(&canonical).map_err(|error| {
+        tracing::warn!(%error, "a verified identity has no number: refused");
+        RefuseReason::PolicyDenied
+    })?;
     let connect =
         || sockets::start_last_hop(&agent.datapath, &pod.netns, identity, client, destination);
     let (set, started) = pod
@@ -184,8 +191,9 @@ async fn last_hop(
 
 /// Whether the peer may speak for `client`: CIDR policy would be forgeable otherwise.
 fn is_address_of(agent: &Agent, client: IpAddr, tunnel: &Tunnel) -> bool {
+    let aliases = agent.trust.aliases();
     agent
         .mesh()
         .by_address(client)
-        .is_some_and(|w| w.identity.spiffe_id() == tunnel.peer().id())
+        .is_some_and(|w| aliases.same(w.identity.spiffe_id(), tunnel.peer().id()))
 }

@@ -13,8 +13,10 @@ mod roster;
 mod sockets;
 mod streams;
 mod sync;
+mod trust;
 mod updates;
 mod watch;
+mod workload_api;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -28,11 +30,13 @@ use ktls_offload::{KernelSuites, RecordLayer, ResetReason, SoftwareReason, Tunne
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use ringfence_bpf_common::Reason;
 use ringfence_datapath::{Datapath, DatapathError, Options};
+use ringfence_identity::tls::KeyExchangePolicy;
 use ringfence_identity::{
-    CaClient, CaClientConfig, ManagerConfig, SvidManager, SvidState, SvidStatus, TrustBundles,
+    ManagerConfig, SvidEvent, SvidManager, SvidState, SvidStatus, TrustStore,
 };
 use ringfence_xds::{AdsClient, ClientConfig, ConnectionState, NodeInfo};
 use tokio::net::TcpStream;
+use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Notify, watch as state};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -49,6 +53,7 @@ use streams::{Activity, Direction, Stream};
 use sync::Tables;
 use updates::Updates;
 use watch::FileChanges;
+use workload_api::Callers;
 
 /// The application protocols of a tunnel, in order of preference.
 const TUNNEL_ALPN: &[&[u8]] = &[ktls_offload::ALPN];
@@ -60,7 +65,8 @@ pub struct Agent {
     datapath: Datapath,
     /// How tunnels are made; `records` is the record layer and why it is that one.
     tunnels: TunnelConfig,
-    bundles: Arc<TrustBundles>,
+    trust: TrustStore,
+    key_exchange: KeyExchangePolicy,
     svids: SvidManager,
     mesh: RwLock<Mesh>,
     /// The mesh changed: the kernel's tables must follow.
@@ -119,9 +125,9 @@ impl Agent {
 
     /// Relays a stream until it ends; the tunnel comes back when it can serve another.
     async fn relay(&self, app: TcpStream, tunnel: Tunnel, stream: Stream) -> Option<Tunnel> {
-        let (id, peer, direction) = (
+        let (id, session, direction) = (
             streams::hex(&stream.id),
-            stream.peer.clone(),
+            stream.session.clone(),
             stream.direction,
         );
         let (source, destination, handle) =
@@ -137,8 +143,8 @@ impl Agent {
         let outcome = end.outcome.as_str();
         self.metrics.stream_ended(outcome);
         tracing::info!(
-            stream = id, direction = direction.as_str(), %source, %destination, %peer,
-            sent = end.bytes_tx, received = end.bytes_rx, outcome, "stream ended"
+            stream = id, direction = direction.as_str(), %source, %destination,
+            peer = %session.peer().id(), sent = end.bytes_tx, received = end.bytes_rx, outcome, "stream ended"
         );
         end.tunnel
     }
@@ -241,13 +247,11 @@ pub async fn run(
         .await
         .with_context(|| format!("admin socket {}", config.admin_socket.display()))?;
 
-    let bundles = Arc::new(TrustBundles::new());
+    let trust = trust::store(&config)?;
+    let source = trust::source(&config, &trust)?;
     let agent = Arc::new(Agent {
-        svids: SvidManager::start(
-            Arc::new(CaClient::new(ca_config(&config))?),
-            bundles.clone(),
-            manager_config(&config),
-        ),
+        svids: SvidManager::start(source, trust.bundles().clone(), manager_config(&config)),
+        key_exchange: trust::key_exchange(&config),
         mesh: RwLock::new(Mesh::new(&config.root_namespace)),
         set_numbers: SetNumbers::after(highest_set),
         datapath,
@@ -255,7 +259,7 @@ pub async fn run(
             require_kernel: config.record_layer == RecordLayerChoice::Kernel,
             ..TunnelConfig::new(record_layer)
         },
-        bundles,
+        trust,
         changed: Notify::new(),
         sync: Synced::default(),
         control_plane: OnceLock::new(),
@@ -269,6 +273,21 @@ pub async fn run(
     let mut background = JoinSet::new();
     background.spawn(admin::serve(listener, agent.clone()));
     background.spawn(log_verdicts(agent.clone()));
+    background.spawn(retire_tunnels(agent.clone()));
+    trust::watch(&agent, &mut background)?;
+    if let Some(socket) = &agent.config.identity.workload_api_socket {
+        let listener = ringfence_workload_api::bind(socket)
+            .with_context(|| format!("Workload API socket {}", socket.display()))?;
+        let callers = Callers {
+            agent: agent.clone(),
+            ca: trust::ca(&agent.config)?,
+        };
+        background.spawn(async move {
+            if let Err(error) = ringfence_workload_api::serve(listener, Arc::new(callers)).await {
+                tracing::error!(%error, "the Workload API is no longer served");
+            }
+        });
+    }
 
     let mut roster = Roster::default();
     roster.wanted(&agent, agent.config.pods.clone()).await;
@@ -351,6 +370,22 @@ fn remove_unused_sets(agent: &Agent) -> Result<(), DatapathError> {
     Ok(())
 }
 
+/// A new certificate retires the idle tunnels of the one before; live streams go on.
+async fn retire_tunnels(agent: Arc<Agent>) {
+    let mut events = agent.svids.subscribe();
+    loop {
+        match events.recv().await {
+            Ok(SvidEvent::Renewed { identity, svid, .. }) => {
+                agent.pool.retire(identity.spiffe_id(), svid.serial()).await;
+            }
+            Ok(_) => {}
+            // Tunnels of an old certificate are not taken any more; they only close later.
+            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return,
+        }
+    }
+}
+
 /// Writes the kernel's refusals to the log. A lost event is counted, never a verdict.
 async fn log_verdicts(agent: Arc<Agent>) {
     let mut events = match agent.datapath.events() {
@@ -425,17 +460,6 @@ fn describe_svid(svid: SvidStatus) -> status::Svid {
         not_before: svid.not_before.unwrap_or_default(),
         not_after: svid.not_after.unwrap_or_default(),
         error: svid.last_error,
-    }
-}
-
-fn ca_config(config: &AgentConfig) -> CaClientConfig {
-    CaClientConfig {
-        address: config.control_plane.ca().into(),
-        server_name: None,
-        root_file: config.control_plane.root_ca.clone(),
-        token_file: config.control_plane.token.clone(),
-        cluster_id: config.node.cluster.clone(),
-        timeout: Duration::from_secs(10),
     }
 }
 

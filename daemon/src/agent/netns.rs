@@ -68,6 +68,12 @@ impl Netns {
         }
     }
 
+    /// Whether this is the namespace with that device and inode number.
+    pub fn is(&self, device: u64, inode: u64) -> bool {
+        let ours = self.file.metadata();
+        ours.is_ok_and(|m| m.dev() == device && m.ino() == inode)
+    }
+
     /// Runs `work` on this thread with the namespace entered.
     pub fn enter<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
         enter(self.file.as_fd(), work)

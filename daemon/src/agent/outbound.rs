@@ -70,6 +70,7 @@ impl Refusal {
 /// Serves one connection in a task of its own.
 pub fn spawn(agent: &Arc<Agent>, pod: &Arc<Pod>, stream: TcpStream, source: SocketAddr) {
     agent.metrics.outbound_accepted.inc();
+    sockets::reset_on_close(&stream);
     let (agent, pod) = (agent.clone(), pod.clone());
     tokio::spawn(async move {
         let source = canonical(source);
@@ -123,7 +124,7 @@ async fn carry(
         serial: svid.serial().into(),
     };
     let open = Open::new(destination, source)?;
-    if let Some(tunnel) = agent.pool.take(&key, &expected) {
+    if let Some(tunnel) = agent.pool.take(&key, &expected, &agent.trust.aliases()) {
         agent.metrics.tunnels_reused.inc();
         return Ok((tunnel, key, open));
     }
@@ -131,8 +132,9 @@ async fn carry(
     let to = SocketAddr::new(address, INBOUND_PORT);
     let dialled = sockets::dial(&agent.datapath, &pod.netns, source.ip(), to).await;
     let tcp = dialled.map_err(|error| Refusal::Dial { to, error })?;
-    let verifier = PeerVerifier::new(agent.bundles.clone(), ExpectedPeer::OneOf(expected));
-    let config = tls::client_config(&svid, verifier.clone(), TUNNEL_ALPN).map_err(Refusal::Tls)?;
+    let verifier = PeerVerifier::new(agent.trust.clone(), ExpectedPeer::OneOf(expected));
+    let config = tls::client_config_with(&svid, verifier.clone(), TUNNEL_ALPN, agent.key_exchange)
+        .map_err(Refusal::Tls)?;
     let connected = Tunnel::connect(tcp, Arc::new(config), &verifier, &agent.tunnels).await;
     let tunnel = connected.map_err(|error| {
         agent.metrics.handshake_failed(error.as_str());
@@ -179,7 +181,7 @@ async fn relay(
         direction: Direction::Outbound,
         source: open.source,
         destination: open.destination,
-        peer: tunnel.peer().id().to_string().into(),
+        session: tunnel.session().clone(),
         handle: Arc::default(),
         since: Instant::now(),
         pod,

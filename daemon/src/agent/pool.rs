@@ -6,7 +6,9 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ktls_offload::Tunnel;
-use ringfence_identity::SpiffeId;
+use ringfence_identity::{SpiffeId, TrustDomainAliases};
+
+use crate::status;
 
 /// An idle tunnel is closed after this long. Shorter than the server's patience.
 const IDLE: Duration = Duration::from_secs(60);
@@ -41,18 +43,38 @@ impl std::fmt::Debug for Pool {
 
 impl Pool {
     /// The idle tunnel used last that is still alive and whose peer is still expected.
-    pub fn take(&self, key: &Key, expected: &BTreeSet<SpiffeId>) -> Option<Tunnel> {
+    pub fn take(
+        &self,
+        key: &Key,
+        expected: &BTreeSet<SpiffeId>,
+        aliases: &TrustDomainAliases,
+    ) -> Option<Tunnel> {
+        let now = status::now().cast_signed();
         let mut pool = self.lock();
         let idle = pool.get_mut(key)?;
         while let Some(Idle { tunnel, since }) = idle.pop() {
             if since.elapsed() < IDLE
                 && tunnel.is_reusable()
-                && expected.contains(tunnel.peer().id())
+                && tunnel.peer().not_after() > now
+                && expected.iter().any(|e| aliases.same(e, tunnel.peer().id()))
             {
                 return Some(tunnel);
             }
         }
         None
+    }
+
+    /// Closes the idle tunnels of an identity that has a new certificate.
+    pub async fn retire(&self, source: &SpiffeId, serial: &str) {
+        let mut retired = Vec::new();
+        self.lock().retain(|key, idle| {
+            let old = key.source == *source && key.serial != serial;
+            if old {
+                retired.append(idle);
+            }
+            !old
+        });
+        close(retired).await;
     }
 
     /// Keeps a tunnel.
@@ -81,15 +103,19 @@ impl Pool {
             }
             pool.retain(|_, idle| !idle.is_empty());
         }
-        for Idle { tunnel, .. } in stale {
-            // The peer may be gone already; then there is nothing left to close.
-            if let Err(error) = tunnel.close().await {
-                tracing::debug!(%error, "idle tunnel");
-            }
-        }
+        close(stale).await;
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Vec<Idle>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn close(tunnels: Vec<Idle>) {
+    for Idle { tunnel, .. } in tunnels {
+        // The peer may be gone already; then there is nothing left to close.
+        if let Err(error) = tunnel.close().await {
+            tracing::debug!(%error, "idle tunnel");
+        }
     }
 }

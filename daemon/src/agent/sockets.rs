@@ -117,7 +117,13 @@ pub async fn finish(socket: Socket) -> Result<TcpStream, ConnectError> {
 
 /// Closes with RST: what the application sees of a connection that cannot be served.
 pub fn reset(stream: TcpStream) {
-    if let Err(error) = SockRef::from(&stream).set_linger(Some(Duration::ZERO)) {
+    reset_on_close(&stream);
+}
+
+/// From now on whatever closes the socket, the death of the agent included, shows as RST
+/// and not as a clean end.
+pub fn reset_on_close(stream: &TcpStream) {
+    if let Err(error) = SockRef::from(stream).set_linger(Some(Duration::ZERO)) {
         tracing::debug!(%error, "cannot reset a connection; it is closed instead");
     }
 }

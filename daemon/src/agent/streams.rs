@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use ktls_offload::{ResetReason, StreamHandle};
+use ktls_offload::{ResetReason, Session, StreamHandle};
 
 use super::pods::Pod;
 use super::policy::Judged;
@@ -44,8 +44,8 @@ pub struct Stream {
     pub source: SocketAddr,
     /// The workload's address and application port.
     pub destination: SocketAddr,
-    /// SPIFFE ID of the other side.
-    pub peer: Arc<str>,
+    /// The tunnel's: who the other side is, by which certificate.
+    pub session: Arc<Session>,
     pub handle: Arc<StreamHandle>,
     pub since: Instant,
     /// Our pod: the source of an outbound stream, the destination of an inbound one.
@@ -120,7 +120,7 @@ fn describe(stream: &Stream) -> status::Stream {
         direction: stream.direction.as_str().into(),
         source: stream.source,
         destination: stream.destination,
-        peer: stream.peer.to_string(),
+        peer: stream.session.peer().id().to_string(),
         tx: stream.handle.bytes_tx(),
         rx: stream.handle.bytes_rx(),
         age_seconds: stream.since.elapsed().as_secs(),

@@ -1,17 +1,14 @@
 //! What the CA answered: a chain that must hold before anybody sees it.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use rustls::sign::SigningKey;
+use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, UnixTime};
 
-use crate::bundles::Bundle;
-use crate::chain::{self, Role};
 use crate::source::{FetchProblem, Issued};
 use crate::spiffe_id::WorkloadIdentity;
-use crate::svid::Svid;
 
 /// Bytes of a whole answer.
 pub(super) const MAX_ANSWER_BYTES: usize = 1024 * 1024;
@@ -21,7 +18,7 @@ pub(super) const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 /// The elements are PEM, leaf first and root last. The last element may hold
 /// several roots, any other several intermediates. Some CAs append the root to
 /// the chain as well; it is taken out, as peers have it already.
-pub(super) fn check(
+pub(crate) fn check(
     cert_chain: &[String],
     identity: &WorkloadIdentity,
     key: Arc<dyn SigningKey>,
@@ -36,35 +33,16 @@ pub(super) fn check(
         ));
     }
     let roots = read(roots, cert_chain.len())?;
-    let bundle = Bundle::of(identity.trust_domain(), &roots)?;
-
     let mut certificates = Vec::new();
     for (index, element) in chain.iter().enumerate() {
-        let read = read(element, index.saturating_add(1))?;
-        certificates.extend(read.into_iter().filter(|der| !bundle.contains(der)));
+        certificates.extend(read(element, index.saturating_add(1))?);
         if certificates.len() > MAX_CERTIFICATES {
             return Err(bad(format!(
                 "it holds more than {MAX_CERTIFICATES} certificates"
             )));
         }
     }
-    let svid = Svid::new(identity.spiffe_id(), certificates, key, now)?;
-    let (leaf, intermediates) = svid
-        .chain()
-        .split_first()
-        .ok_or_else(|| bad("it holds no leaf".to_owned()))?;
-    let since_epoch = now
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or(Duration::ZERO);
-    // We are a client to some peers and a server to others.
-    for role in [Role::Client, Role::Server] {
-        let now = UnixTime::since_unix_epoch(since_epoch);
-        chain::verify(leaf, intermediates, &bundle, role, now).map_err(FetchProblem::BadChain)?;
-    }
-    Ok(Issued {
-        svid: Arc::new(svid),
-        roots,
-    })
+    Issued::checked(identity, certificates, roots, key, now)
 }
 
 /// The certificates of one element, counted from 1.

@@ -19,7 +19,9 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 use zeroize::Zeroizing;
 
-use self::request::Asked;
+#[cfg(any(test, feature = "testing"))]
+pub(crate) use self::answer::check as check_answer;
+use self::request::{Asked, KeyUse};
 use crate::ca_proto::istio_certificate_service_client::IstioCertificateServiceClient;
 use crate::leaf::printable;
 use crate::source::{FetchError, FetchFuture, FetchProblem, Issued, SvidSource};
@@ -87,8 +89,36 @@ impl CaClient {
         identity: &WorkloadIdentity,
         ttl: Duration,
     ) -> Result<Issued, FetchError> {
-        let fetched = tokio::time::timeout(self.config.timeout, self.try_fetch(identity, ttl));
-        let problem = match fetched.await {
+        let (issued, _) = self.fetch_for(identity, ttl, KeyUse::Ours).await?;
+        Ok(issued)
+    }
+
+    /// Like [`fetch`](Self::fetch), for an application that is to have its own key: the
+    /// key is new, and comes back as PKCS#8 DER too.
+    pub async fn fetch_exportable(
+        &self,
+        identity: &WorkloadIdentity,
+        ttl: Duration,
+    ) -> Result<(Issued, Zeroizing<Vec<u8>>), FetchError> {
+        let (issued, key) = self.fetch_for(identity, ttl, KeyUse::Exported).await?;
+        match key {
+            Some(key) => Ok((issued, key)),
+            None => Err(FetchError {
+                identity: identity.clone(),
+                source_name: self.name.clone(),
+                problem: FetchProblem::Internal("the key was not kept".to_owned()),
+            }),
+        }
+    }
+
+    async fn fetch_for(
+        &self,
+        identity: &WorkloadIdentity,
+        ttl: Duration,
+        use_of_key: KeyUse,
+    ) -> Result<(Issued, Option<Zeroizing<Vec<u8>>>), FetchError> {
+        let fetched = self.try_fetch(identity, ttl, use_of_key);
+        let problem = match tokio::time::timeout(self.config.timeout, fetched).await {
             Ok(Ok(issued)) => return Ok(issued),
             Ok(Err(problem)) => problem,
             Err(_) => {
@@ -108,10 +138,11 @@ impl CaClient {
         &self,
         identity: &WorkloadIdentity,
         ttl: Duration,
-    ) -> Result<Issued, FetchProblem> {
+        use_of_key: KeyUse,
+    ) -> Result<(Issued, Option<Zeroizing<Vec<u8>>>), FetchProblem> {
         let token = self.token().await?;
         let channel = self.channel().await?;
-        let asked = Asked::new(identity, ttl)?;
+        let asked = Asked::new(identity, ttl, use_of_key)?;
 
         let mut request = tonic::Request::new(asked.message);
         request.metadata_mut().insert("authorization", token);
@@ -124,7 +155,8 @@ impl CaClient {
             .await
             .map_err(|status| rejected(&status))?
             .into_inner();
-        answer::check(&answer.cert_chain, identity, asked.key, SystemTime::now())
+        let issued = answer::check(&answer.cert_chain, identity, asked.key, SystemTime::now())?;
+        Ok((issued, asked.exported))
     }
 
     async fn token(&self) -> Result<MetadataValue<Ascii>, FetchProblem> {

@@ -9,7 +9,7 @@ use rcgen::string::Ia5String;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::sign::SigningKey;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-use zeroize::Zeroize as _;
+use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::ca_proto::IstioCertificateRequest;
 use crate::source::FetchProblem;
@@ -19,14 +19,23 @@ use crate::spiffe_id::WorkloadIdentity;
 pub(super) struct Asked {
     pub(super) message: IstioCertificateRequest,
     pub(super) key: Arc<dyn SigningKey>,
+    /// PKCS#8 DER of the same key, where the caller is to have it.
+    pub(super) exported: Option<Zeroizing<Vec<u8>>>,
 }
 
 impl Asked {
     /// A new P-256 key and a CSR with the SPIFFE URI SAN and nothing else: the
     /// CA decides on everything but whose key it is.
-    pub(super) fn new(identity: &WorkloadIdentity, ttl: Duration) -> Result<Self, FetchProblem> {
+    pub(super) fn new(
+        identity: &WorkloadIdentity,
+        ttl: Duration,
+        use_of_key: KeyUse,
+    ) -> Result<Self, FetchProblem> {
         let mut pair = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(internal)?;
-        let made = Self::with_key(&pair, identity, ttl);
+        let mut made = Self::with_key(&pair, identity, ttl);
+        if let (Ok(made), KeyUse::Exported) = (&mut made, use_of_key) {
+            made.exported = Some(Zeroizing::new(pair.serialized_der().to_vec()));
+        }
         pair.zeroize();
         made
     }
@@ -54,8 +63,18 @@ impl Asked {
                 metadata: Some(impersonating(identity)),
             },
             key,
+            exported: None,
         })
     }
+}
+
+/// What is to become of the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum KeyUse {
+    /// It stays inside the crypto library.
+    Ours,
+    /// The caller gets a copy to hand on.
+    Exported,
 }
 
 fn impersonating(identity: &WorkloadIdentity) -> prost_types::Struct {

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::{NoSvid, SvidState, SvidStatus};
 use crate::source::FetchError;
 use crate::spiffe_id::WorkloadIdentity;
-use crate::svid::Svid;
+use crate::svid::{Svid, unix_seconds};
 
 pub(super) struct Entry {
     pub(super) identity: WorkloadIdentity,
@@ -25,6 +25,8 @@ pub(super) struct Entry {
 
 struct Progress {
     in_flight: bool,
+    /// The source changed while it was being asked: ask again.
+    again: bool,
     failures: u32,
     due: Due,
 }
@@ -46,6 +48,7 @@ impl Entry {
             demanded: AtomicBool::new(false),
             progress: Mutex::new(Progress {
                 in_flight: false,
+                again: false,
                 failures: 0,
                 due,
             }),
@@ -103,26 +106,47 @@ impl Entry {
         self.progress().in_flight = true;
     }
 
-    pub(super) fn succeeded(&self, svid: Arc<Svid>, due: Due) {
-        self.svid.store(Some(svid));
+    /// The source has something new: due at once, or again after the fetch
+    /// under way, which may have come too early for it.
+    pub(super) fn nudge(&self, now: Due) {
+        let mut progress = self.progress();
+        if progress.in_flight {
+            progress.again = true;
+        } else {
+            progress.due = now;
+        }
+    }
+
+    /// Answers the SVID that was in use before.
+    pub(super) fn succeeded(&self, svid: Arc<Svid>, due: Due, now: Due) -> Option<Arc<Svid>> {
+        let before = self.svid.swap(Some(svid));
         self.last_error.store(None);
         self.demanded.store(false, Ordering::Relaxed);
-        *self.progress() = Progress {
-            in_flight: false,
-            failures: 0,
-            due,
-        };
+        {
+            let mut progress = self.progress();
+            *progress = Progress {
+                in_flight: false,
+                again: false,
+                failures: 0,
+                due: if progress.again { now } else { due },
+            };
+        }
         self.announce();
+        before
     }
 
     /// `due` is told how many failures in a row there are now.
-    pub(super) fn failed(&self, error: FetchError, due: impl FnOnce(u32) -> Due) -> u32 {
+    pub(super) fn failed(&self, error: FetchError, now: Due, due: impl FnOnce(u32) -> Due) -> u32 {
         self.last_error.store(Some(Arc::new(error)));
         let failures = {
             let mut progress = self.progress();
             progress.in_flight = false;
             progress.failures = progress.failures.saturating_add(1);
-            progress.due = due(progress.failures);
+            progress.due = if std::mem::take(&mut progress.again) {
+                now
+            } else {
+                due(progress.failures)
+            };
             progress.failures
         };
         self.announce();
@@ -147,6 +171,9 @@ impl Entry {
             issuer: svid.as_ref().map(|svid| svid.issuer().to_owned()),
             not_before: svid.as_ref().map(|svid| svid.not_before()),
             not_after: svid.as_ref().map(|svid| svid.not_after()),
+            expires_in: svid
+                .as_ref()
+                .map(|svid| svid.not_after().saturating_sub(unix_seconds(now))),
             last_error: last_error.map(|error| error.to_string()),
             next_fetch: self.due().map(|due| due.wall),
         }

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, broadcast};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -28,7 +28,9 @@ use crate::svid::Svid;
 ///
 /// An identity has an SVID while someone [wants](Self::want) it. A valid SVID
 /// keeps serving while its refresh fails; an expired one never does. Each
-/// issuance replaces the source's roots in the [`TrustBundles`].
+/// issuance replaces the source's roots in the [`TrustBundles`], unless the
+/// source does that itself. A source that announces updates is asked again at
+/// once.
 ///
 /// Dropping the manager ends its task and the fetches under way; SVIDs that
 /// were handed out stay usable.
@@ -52,6 +54,7 @@ impl SvidManager {
             entries: ArcSwap::default(),
             wants: Mutex::default(),
             wake: Notify::new(),
+            events: broadcast::Sender::new(EVENT_BACKLOG),
         });
         let task = tokio::spawn(task::run(Arc::clone(&shared)));
         Self { shared, task }
@@ -94,6 +97,11 @@ impl SvidManager {
             if let Some(entry) = removed {
                 entry.announce();
             }
+            drop(wants);
+            self.shared.source.forget(identity);
+            self.shared.tell(SvidEvent::Dropped {
+                identity: identity.clone(),
+            });
         }
         true
     }
@@ -130,6 +138,14 @@ impl SvidManager {
         // On a timeout the last failure says more than "timed out" would.
         let _ = tokio::time::timeout(timeout, wait).await;
         self.current(identity)
+    }
+
+    /// Tells of each SVID that is put to use, and of each that is dropped, from
+    /// now on. A receiver that falls behind by more than 1024 events learns that
+    /// it has (`RecvError::Lagged`) and should look at all with
+    /// [`current`](Self::current).
+    pub fn subscribe(&self) -> broadcast::Receiver<SvidEvent> {
+        self.shared.events.subscribe()
     }
 
     /// All wanted identities in order, for status pages.
@@ -248,6 +264,27 @@ impl NoSvid {
     }
 }
 
+/// What [`SvidManager::subscribe`] tells of.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum SvidEvent {
+    /// From now on [`SvidManager::current`] gives this SVID: idle tunnels under
+    /// the one before can be retired.
+    Renewed {
+        /// Whose SVID.
+        identity: WorkloadIdentity,
+        /// The new one.
+        svid: Arc<Svid>,
+        /// The serial number of the one before, if there was any.
+        replaced: Option<String>,
+    },
+    /// Nobody wants the identity any more.
+    Dropped {
+        /// Whose SVID it was.
+        identity: WorkloadIdentity,
+    },
+}
+
 /// One line of a status page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SvidStatus {
@@ -265,6 +302,9 @@ pub struct SvidStatus {
     pub not_before: Option<i64>,
     /// Unix seconds.
     pub not_after: Option<i64>,
+    /// Seconds from now to `not_after`: the countdown while refreshing fails.
+    /// Negative once expired.
+    pub expires_in: Option<i64>,
     /// Of the last fetch, if it failed.
     pub last_error: Option<String>,
     /// When the source is asked (again); `None` while it is being asked.
@@ -313,9 +353,17 @@ struct Shared {
     entries: ArcSwap<Entries>,
     wants: Mutex<HashMap<WorkloadIdentity, usize>>,
     wake: Notify,
+    events: broadcast::Sender<SvidEvent>,
 }
 
+const EVENT_BACKLOG: usize = 1024;
+
 impl Shared {
+    fn tell(&self, event: SvidEvent) {
+        // Nobody needs to listen.
+        let _ = self.events.send(event);
+    }
+
     fn entry(&self, identity: &WorkloadIdentity) -> Option<Arc<Entry>> {
         self.entries.load().get(identity).cloned()
     }

@@ -4,17 +4,19 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::Instant;
 
 use super::entry::{Due, Entry};
-use super::{MAX_CONCURRENT_FETCHES, Shared, schedule};
-use crate::source::{FetchError, FetchProblem, Issued};
+use super::{MAX_CONCURRENT_FETCHES, Shared, SvidEvent, schedule};
+use crate::source::{FetchError, FetchProblem, Issued, SourceUpdate};
 use crate::spiffe_id::TrustDomain;
 use crate::svid::{SvidError, unix_seconds};
 
 /// Runs until it is aborted; its fetches end with it.
 pub(super) async fn run(shared: Arc<Shared>) {
+    let mut updates = shared.source.updates();
     let mut fetches = Fetches {
         shared,
         tasks: JoinSet::new(),
@@ -27,10 +29,24 @@ pub(super) async fn run(shared: Arc<Shared>) {
         let wake = Arc::clone(&fetches.shared);
         tokio::select! {
             Some(ended) = fetches.tasks.join_next_with_id() => fetches.finish(ended),
+            update = next_update(&mut updates) => fetches.nudge(&update),
             () = wake.wake.notified() => {}
             () = tokio::time::sleep_until(next) => {}
         }
     }
+}
+
+/// What the source has that is new. Pending for ever when it never tells.
+async fn next_update(updates: &mut Option<broadcast::Receiver<SourceUpdate>>) -> SourceUpdate {
+    if let Some(receiver) = updates {
+        match receiver.recv().await {
+            Ok(update) => return update,
+            // Which ones were missed is not known.
+            Err(RecvError::Lagged(_)) => return SourceUpdate::All,
+            Err(RecvError::Closed) => *updates = None,
+        }
+    }
+    std::future::pending().await
 }
 
 type FetchResult = Result<Issued, FetchError>;
@@ -70,6 +86,21 @@ impl Fetches {
         next
     }
 
+    fn nudge(&self, update: &SourceUpdate) {
+        let now = self.in_(Duration::ZERO);
+        match update {
+            SourceUpdate::Svid(identity) => {
+                if let Some(entry) = self.shared.entry(identity) {
+                    entry.nudge(now);
+                }
+            }
+            SourceUpdate::All => {
+                let entries = self.shared.entries.load();
+                entries.values().for_each(|entry| entry.nudge(now));
+            }
+        }
+    }
+
     fn start(&mut self, entry: Arc<Entry>) {
         entry.begin();
         let shared = Arc::clone(&self.shared);
@@ -99,12 +130,11 @@ impl Fetches {
         let Some((sequence, entry)) = self.whose.remove(&id) else {
             return;
         };
-        let still_wanted = self
-            .shared
-            .entry(&entry.identity)
-            .is_some_and(|current| Arc::ptr_eq(&current, &entry));
-        if !still_wanted {
-            return;
+        match self.shared.entry(&entry.identity) {
+            Some(current) if Arc::ptr_eq(&current, &entry) => {}
+            // Wanted anew meanwhile: another fetch is for that.
+            Some(_) => return,
+            None => return self.shared.source.forget(&entry.identity),
         }
         let accepted = match result {
             Some(Ok(issued)) => self.accept(sequence, &entry, issued),
@@ -139,7 +169,7 @@ impl Fetches {
         // trusted by the time we show ours.
         let domain = entry.identity.trust_domain();
         let newest = self.roots_as_of.get(domain).copied().unwrap_or(0);
-        let roots_changed = if sequence > newest {
+        let roots_changed = if sequence > newest && !self.shared.source.keeps_bundles() {
             let changed = self
                 .shared
                 .bundles
@@ -153,6 +183,12 @@ impl Fetches {
         let remaining = svid.not_after().saturating_sub(unix_seconds(wall));
         let remaining = Duration::from_secs(u64::try_from(remaining).unwrap_or(0));
         let after = schedule::refresh_after(remaining, &mut rand::rng());
+        let (due, now) = (self.in_(after), self.in_(Duration::ZERO));
+        let before = entry.succeeded(Arc::clone(&svid), due, now);
+        if before.as_ref().map(|old| old.chain()) == Some(svid.chain()) {
+            tracing::debug!(identity = %entry.identity, "the source still gives the same SVID");
+            return Ok(());
+        }
         tracing::info!(
             identity = %entry.identity,
             serial = svid.serial(),
@@ -161,13 +197,17 @@ impl Fetches {
             roots_changed,
             "SVID issued"
         );
-        entry.succeeded(svid, self.in_(after));
+        self.shared.tell(SvidEvent::Renewed {
+            identity: entry.identity.clone(),
+            replaced: before.map(|old| old.serial().to_owned()),
+            svid,
+        });
         Ok(())
     }
 
     fn reject(&self, entry: &Entry, error: FetchError) {
         let (message, label) = (error.to_string(), error.problem.as_str());
-        let failures = entry.failed(error, |failures| {
+        let failures = entry.failed(error, self.in_(Duration::ZERO), |failures| {
             self.in_(schedule::retry_after(failures, &mut rand::rng()))
         });
         let usable = entry.urgency(self.shared.config.clock.now()).0;

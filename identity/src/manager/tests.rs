@@ -7,8 +7,7 @@ use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use rustls_pki_types::CertificateDer;
 
 use super::*;
-use crate::source::{FetchFuture, FetchProblem, Issued};
-use crate::svid::unix_seconds;
+use crate::source::{FetchFuture, FetchProblem, Issued, SourceUpdate};
 use crate::testing::{LeafParams, TestCa, workload};
 
 /// What the source does with the next fetches.
@@ -30,6 +29,10 @@ struct TestSource {
     delay: Mutex<Duration>,
     lifetime: Mutex<Duration>,
     asked: Mutex<Vec<WorkloadIdentity>>,
+    asked_at: Mutex<Vec<Instant>>,
+    forgotten: Mutex<Vec<WorkloadIdentity>>,
+    keeps_bundles: Mutex<bool>,
+    updates: broadcast::Sender<SourceUpdate>,
     under_way: AtomicUsize,
     most_under_way: AtomicUsize,
 }
@@ -59,6 +62,7 @@ impl SvidSource for TestSource {
         Box::pin(async move {
             let _under_way = UnderWay::begin(self);
             self.asked.lock().unwrap().push(identity.clone());
+            self.asked_at.lock().unwrap().push(Instant::now());
             let (mode, delay) = (*self.mode.lock().unwrap(), *self.delay.lock().unwrap());
             // Signed when asked, delivered later.
             let issued = self.issue(identity, mode);
@@ -74,6 +78,18 @@ impl SvidSource for TestSource {
                 _ => Ok(issued),
             }
         })
+    }
+
+    fn updates(&self) -> Option<broadcast::Receiver<SourceUpdate>> {
+        Some(self.updates.subscribe())
+    }
+
+    fn keeps_bundles(&self) -> bool {
+        *self.keeps_bundles.lock().unwrap()
+    }
+
+    fn forget(&self, identity: &WorkloadIdentity) {
+        self.forgotten.lock().unwrap().push(identity.clone());
     }
 }
 
@@ -131,6 +147,10 @@ impl Setup {
             delay: Mutex::new(Duration::from_millis(100)),
             lifetime: Mutex::new(Duration::from_secs(1000)),
             asked: Mutex::default(),
+            asked_at: Mutex::default(),
+            forgotten: Mutex::default(),
+            keeps_bundles: Mutex::default(),
+            updates: broadcast::Sender::new(16),
             under_way: AtomicUsize::new(0),
             most_under_way: AtomicUsize::new(0),
         });
@@ -464,23 +484,26 @@ async fn a_thousand_identities_refresh_without_a_burst() {
     for identity in &all {
         setup.ready(identity).await.unwrap();
     }
-    let mut due: Vec<i64> = setup
-        .manager
-        .snapshot()
+    let issued = Instant::now();
+    let first_asked = setup.asked();
+    pass(seconds(15 * 3600)).await;
+
+    // When the second round really was asked for, in seconds.
+    let asked_at: Vec<u64> = setup.source.asked_at.lock().unwrap()[first_asked..]
         .iter()
-        .map(|status| unix_seconds(status.next_fetch.unwrap()))
+        .map(|at| (*at - issued).as_secs())
         .collect();
-    due.sort_unstable();
-    let spread = due.last().unwrap() - due.first().unwrap();
-    assert!(spread > 4 * 3600, "spread over {spread} s");
-    let busiest = due.iter().map(|from| {
-        due.iter()
-            .filter(|at| (*from..from + 60).contains(*at))
-            .count()
+    let (from, to) = (
+        asked_at.iter().min().unwrap(),
+        asked_at.iter().max().unwrap(),
+    );
+    assert!((34_000..36_000).contains(from), "first after {from} s");
+    assert!(to - from > 4 * 3600, "spread over {} s", to - from);
+    let busiest = asked_at.iter().map(|from| {
+        let minute = *from..from + 60;
+        asked_at.iter().filter(|at| minute.contains(*at)).count()
     });
     assert!(busiest.max().unwrap() < 30, "fetches in one minute");
-
-    pass(seconds(15 * 3600)).await;
     assert!(setup.asked() >= 2000);
     assert!(
         setup
@@ -502,4 +525,115 @@ async fn dropping_the_manager_ends_its_fetches() {
     drop(setup.manager);
     pass(seconds(1)).await;
     assert_eq!(setup.source.under_way.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn subscribers_hear_of_each_new_svid_and_of_the_end() {
+    let setup = Setup::new();
+    let mut events = setup.manager.subscribe();
+    setup.manager.want(&cart());
+    let first = setup.ready(&cart()).await.unwrap();
+    match events.recv().await.unwrap() {
+        SvidEvent::Renewed {
+            identity,
+            svid,
+            replaced: None,
+        } if identity == cart() => assert!(Arc::ptr_eq(&svid, &first)),
+        other => panic!("{other:?}"),
+    }
+    pass(seconds(650)).await;
+    let second = setup.manager.current(&cart()).unwrap();
+    match events.recv().await.unwrap() {
+        SvidEvent::Renewed {
+            svid,
+            replaced: Some(replaced),
+            ..
+        } => {
+            assert!(Arc::ptr_eq(&svid, &second));
+            assert_eq!(replaced, first.serial());
+        }
+        other => panic!("{other:?}"),
+    }
+    // A failed refresh is no news.
+    setup.mode(Mode::Fail);
+    pass(seconds(650)).await;
+    setup.manager.release(&cart());
+    match events.recv().await.unwrap() {
+        SvidEvent::Dropped { identity } => assert_eq!(identity, cart()),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(*setup.source.forgotten.lock().unwrap(), [cart()]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_status_counts_down_to_expiry_while_the_ca_is_down() {
+    let setup = Setup::new();
+    setup.manager.want(&cart());
+    assert_eq!(setup.status(&cart()).expires_in, None);
+    setup.ready(&cart()).await.unwrap();
+    let left = setup.status(&cart()).expires_in.unwrap();
+    assert!((998..=1000).contains(&left), "{left}");
+    setup.mode(Mode::Fail);
+    pass(seconds(700)).await;
+    let status = setup.status(&cart());
+    assert_eq!(status.state, SvidState::RefreshFailing);
+    let left = status.expires_in.unwrap();
+    assert!((298..=300).contains(&left), "{left}");
+    pass(seconds(310)).await;
+    assert!(setup.status(&cart()).expires_in.unwrap() < 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_announced_update_is_fetched_at_once() {
+    let setup = Setup::new();
+    let other = workload("td", "shop", "other");
+    setup.manager.want(&cart());
+    setup.manager.want(&other);
+    let first = setup.ready(&cart()).await.unwrap();
+    setup.ready(&other).await.unwrap();
+    let tell = |update| setup.source.updates.send(update).unwrap();
+
+    tell(SourceUpdate::Svid(cart()));
+    pass(seconds(1)).await;
+    assert_eq!(setup.asked(), 3);
+    let second = setup.manager.current(&cart()).unwrap();
+    assert_ne!(second.serial(), first.serial());
+
+    tell(SourceUpdate::All);
+    pass(seconds(1)).await;
+    assert_eq!(setup.asked(), 5);
+
+    // Told during a fetch: that one may have come too early.
+    *setup.source.delay.lock().unwrap() = seconds(2);
+    tell(SourceUpdate::Svid(cart()));
+    pass(seconds(1)).await;
+    assert_eq!(setup.asked(), 6);
+    tell(SourceUpdate::Svid(cart()));
+    tell(SourceUpdate::Svid(cart()));
+    pass(seconds(10)).await;
+    assert_eq!(setup.asked(), 7);
+
+    // It does not wait for the end of a back-off either.
+    setup.mode(Mode::Fail);
+    tell(SourceUpdate::Svid(cart()));
+    pass(seconds(60)).await;
+    setup.mode(Mode::Issue);
+    let asked = setup.asked();
+    tell(SourceUpdate::Svid(cart()));
+    pass(seconds(3)).await;
+    assert_eq!(setup.asked(), asked + 1);
+    assert_eq!(setup.status(&cart()).state, SvidState::Ready);
+    // Nobody wants this one.
+    tell(SourceUpdate::Svid(workload("td", "shop", "stranger")));
+    pass(seconds(3)).await;
+    assert_eq!(setup.asked(), asked + 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn roots_of_a_source_that_keeps_bundles_are_left_to_it() {
+    let setup = Setup::new();
+    *setup.source.keeps_bundles.lock().unwrap() = true;
+    setup.manager.want(&cart());
+    setup.ready(&cart()).await.unwrap();
+    assert!(setup.bundles.trust_domains().is_empty());
 }

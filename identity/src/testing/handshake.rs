@@ -80,7 +80,7 @@ pub fn run_without_client_certificate(server: &Svid, judge: Arc<PeerVerifier>) -
         .unwrap()
         .dangerous()
         .with_custom_certificate_verifier(PeerVerifier::new(
-            judge.bundles(),
+            judge.trust(),
             ExpectedPeer::AnyTrusted,
         ))
         .with_no_client_auth();
@@ -93,11 +93,31 @@ pub fn run_without_client_certificate(server: &Svid, judge: Arc<PeerVerifier>) -
     }
 }
 
-/// Passes bytes until neither side has any left.
-fn pump(
+/// The key exchange that was agreed on, or what the client ended with.
+pub fn key_exchange(
+    client: ClientConfig,
+    server: rustls::ServerConfig,
+) -> Result<rustls::NamedGroup, Error> {
+    let (client, on_client, on_server) = pump_with(client, server);
+    on_client?;
+    on_server?;
+    Ok(client.negotiated_key_exchange_group().unwrap().name())
+}
+
+/// Passes bytes until neither side has any left; what the client and the server
+/// ended with.
+pub fn pump(
     client: ClientConfig,
     server: rustls::ServerConfig,
 ) -> (Result<(), Error>, Result<(), Error>) {
+    let (_, on_client, on_server) = pump_with(client, server);
+    (on_client, on_server)
+}
+
+fn pump_with(
+    client: ClientConfig,
+    server: rustls::ServerConfig,
+) -> (ClientConnection, Result<(), Error>, Result<(), Error>) {
     let mut client = ClientConnection::new(Arc::new(client), tls::unused_server_name()).unwrap();
     let mut server = ServerConnection::new(Arc::new(server)).unwrap();
     let (mut on_client, mut on_server) = (Ok(()), Ok(()));
@@ -129,5 +149,5 @@ fn pump(
         !handshaking || on_client.is_err() || on_server.is_err(),
         "the handshake stopped half-way"
     );
-    (on_client, on_server)
+    (client, on_client, on_server)
 }

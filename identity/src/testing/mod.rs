@@ -11,12 +11,18 @@ use std::time::{Duration, SystemTime};
 
 use rcgen::string::Ia5String;
 use rcgen::{
-    BasicConstraints, CertificateParams, CustomExtension, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType, SignatureAlgorithm,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CrlDistributionPoint,
+    CrlIssuingDistributionPoint, CustomExtension, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, NameConstraints,
+    RevokedCertParams, SanType, SerialNumber, SignatureAlgorithm, SigningKey as _,
 };
+use rustls::sign::SigningKey;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use x509_parser::asn1_rs::Any;
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::bundles::TrustBundles;
+use crate::source::{FetchProblem, Issued};
 use crate::spiffe_id::{TrustDomain, WorkloadIdentity};
 use crate::svid::Svid;
 
@@ -32,7 +38,8 @@ pub struct TestCa {
     trust_domain: TrustDomain,
     root: CertificateDer<'static>,
     intermediates: Vec<CertificateDer<'static>>,
-    signer: Issuer<'static, KeyPair>,
+    /// Root first; the last one signs the leaves.
+    issuers: Vec<Issuer<'static, KeyPair>>,
 }
 
 impl TestCa {
@@ -50,7 +57,7 @@ impl TestCa {
             trust_domain: TrustDomain::parse(trust_domain).unwrap(),
             root,
             intermediates: Vec::new(),
-            signer: Issuer::new(certificate_params, key),
+            issuers: vec![Issuer::new(certificate_params, key)],
         }
     }
 
@@ -61,10 +68,14 @@ impl TestCa {
         let depth = self.intermediates.len();
         let name = format!("intermediate {depth} of ");
         let certificate_params = params.certificate(&name, self.trust_domain.as_str());
-        let certificate = certificate_params.signed_by(&key, &self.signer).unwrap();
+        let certificate = certificate_params.signed_by(&key, self.signer()).unwrap();
         self.intermediates.insert(0, certificate.der().clone());
-        self.signer = Issuer::new(certificate_params, key);
+        self.issuers.push(Issuer::new(certificate_params, key));
         self
+    }
+
+    fn signer(&self) -> &Issuer<'static, KeyPair> {
+        self.issuers.last().unwrap()
     }
 
     /// One CA of trust domain `td` for the whole process.
@@ -129,11 +140,166 @@ impl TestCa {
         params: &LeafParams,
         key: &impl rcgen::PublicKeyData,
     ) -> Vec<CertificateDer<'static>> {
-        let leaf = params.certificate().signed_by(key, &self.signer).unwrap();
+        let leaf = params.certificate().signed_by(key, self.signer()).unwrap();
         std::iter::once(leaf.der().clone())
             .chain(self.intermediates.iter().cloned())
             .collect()
     }
+
+    /// Another certificate in place of `certificate`, signed by the leaves'
+    /// issuer: `change` may edit the DER of what is signed (header included).
+    pub fn sign_again(
+        &self,
+        certificate: &CertificateDer<'_>,
+        change: impl FnOnce(&mut Vec<u8>),
+    ) -> CertificateDer<'static> {
+        let (_, outer) = Any::from_der(certificate).unwrap();
+        let (rest, _) = Any::from_der(outer.data).unwrap();
+        let mut signed = outer.data[..outer.data.len() - rest.len()].to_vec();
+        let (after, _) = Any::from_der(rest).unwrap();
+        let algorithm = &rest[..rest.len() - after.len()];
+        change(&mut signed);
+        let signature = self.signer().key().sign(&signed).unwrap();
+        let bits = [&[0], signature.as_slice()].concat();
+        let content = [signed.as_slice(), algorithm, &tlv(0x03, &bits)].concat();
+        CertificateDer::from(tlv(0x30, &content))
+    }
+
+    /// A revocation list (DER) of the issuer at `level`: 0 is the root, 1 the
+    /// first intermediate below it.
+    pub fn crl(&self, level: usize, params: &CrlParams) -> Vec<u8> {
+        let issuer = self.issuers.get(level).unwrap();
+        params.list().signed_by(issuer).unwrap().der().to_vec()
+    }
+
+    /// [`crl`](Self::crl) of the leaves' issuer, in PEM.
+    pub fn crl_pem(&self, params: &CrlParams) -> String {
+        params
+            .list()
+            .signed_by(self.signer())
+            .unwrap()
+            .pem()
+            .unwrap()
+    }
+}
+
+/// How a revocation list looks.
+#[derive(Clone, Debug)]
+pub struct CrlParams {
+    /// DER contents of serial numbers.
+    pub revoked: Vec<Vec<u8>>,
+    /// When it was made.
+    pub this_update: SystemTime,
+    /// Until when it is valid.
+    pub next_update: SystemTime,
+    /// Of an issuing distribution point.
+    pub point: Option<String>,
+}
+
+impl Default for CrlParams {
+    /// Revokes nobody, from a minute ago for an hour.
+    fn default() -> Self {
+        Self {
+            revoked: Vec::new(),
+            this_update: SystemTime::now() - Duration::from_secs(60),
+            next_update: SystemTime::now() + Duration::from_secs(3600),
+            point: None,
+        }
+    }
+}
+
+impl CrlParams {
+    /// Revokes these certificates.
+    pub fn revoking<'a>(certificates: impl IntoIterator<Item = &'a CertificateDer<'a>>) -> Self {
+        Self {
+            revoked: certificates.into_iter().map(serial).collect(),
+            ..Self::default()
+        }
+    }
+
+    fn list(&self) -> CertificateRevocationListParams {
+        CertificateRevocationListParams {
+            this_update: self.this_update.into(),
+            next_update: self.next_update.into(),
+            crl_number: SerialNumber::from(7u64),
+            issuing_distribution_point: self.point.clone().map(|uri| CrlIssuingDistributionPoint {
+                distribution_point: CrlDistributionPoint { uris: vec![uri] },
+                scope: None,
+            }),
+            revoked_certs: self
+                .revoked
+                .iter()
+                .map(|serial| RevokedCertParams {
+                    serial_number: SerialNumber::from_slice(serial),
+                    revocation_time: self.this_update.into(),
+                    reason_code: None,
+                    invalidity_date: None,
+                })
+                .collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        }
+    }
+}
+
+/// Reads what a CA answered, as [`CaClient`](crate::CaClient) does, for
+/// `spiffe://td/ns/a/sa/b` and a key of the process.
+pub fn read_ca_answer(cert_chain: &[String]) -> Result<Issued, FetchProblem> {
+    static KEY: OnceLock<Arc<dyn SigningKey>> = OnceLock::new();
+    let key = KEY.get_or_init(|| {
+        let pair = KeyPair::generate().unwrap();
+        let der = PrivateKeyDer::try_from(pair.serialize_der()).unwrap();
+        rustls::crypto::aws_lc_rs::sign::any_supported_type(&der).unwrap()
+    });
+    let identity = workload("td", "a", "b");
+    crate::ca::check_answer(cert_chain, &identity, Arc::clone(key), SystemTime::now())
+}
+
+/// One PEM section.
+pub fn pem(label: &str, der: &[u8]) -> String {
+    use std::fmt::Write as _;
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut base64 = String::new();
+    for chunk in der.chunks(3) {
+        let byte = |n: usize| u32::from(chunk.get(n).copied().unwrap_or(0));
+        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
+        for place in 0..4 {
+            let digit = usize::try_from(bits >> (18 - 6 * place) & 63).unwrap();
+            let padding = place > chunk.len();
+            base64.push(if padding { '=' } else { ALPHABET[digit].into() });
+        }
+    }
+    let mut text = format!("-----BEGIN {label}-----\n");
+    for line in base64.as_bytes().chunks(64) {
+        writeln!(text, "{}", str::from_utf8(line).unwrap()).unwrap();
+    }
+    text + &format!("-----END {label}-----\n")
+}
+
+/// Certificates as one PEM text.
+pub fn pem_chain<'a>(chain: impl IntoIterator<Item = &'a CertificateDer<'a>>) -> String {
+    chain
+        .into_iter()
+        .map(|der| pem("CERTIFICATE", der))
+        .collect()
+}
+
+/// DER: tag, length and `content`.
+pub fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
+    let length = content.len().to_be_bytes();
+    let significant = &length[length.iter().position(|&b| b != 0).unwrap_or(7)..];
+    let mut der = vec![tag];
+    if content.len() >= 0x80 {
+        der.push(0x80 | u8::try_from(significant.len()).unwrap());
+    }
+    der.extend_from_slice(significant);
+    der.extend_from_slice(content);
+    der
+}
+
+/// The DER contents of a certificate's serial number.
+pub fn serial(certificate: &CertificateDer<'_>) -> Vec<u8> {
+    let (_, certificate) = X509Certificate::from_der(certificate).unwrap();
+    certificate.raw_serial().to_vec()
 }
 
 /// How a CA certificate looks.
@@ -149,6 +315,14 @@ pub struct CaParams {
     pub is_ca: bool,
     /// Its key usage.
     pub key_usages: Vec<KeyUsagePurpose>,
+    /// How many CAs may follow below.
+    pub path_length: Option<u8>,
+    /// What names it may sign.
+    pub name_constraints: Option<NameConstraints>,
+    /// Empty leaves the extension out.
+    pub extended_key_usages: Vec<ExtendedKeyUsagePurpose>,
+    /// A common name other than one made from the trust domain.
+    pub common_name: Option<String>,
 }
 
 impl Default for CaParams {
@@ -159,6 +333,10 @@ impl Default for CaParams {
             not_after: SystemTime::now() + Duration::from_secs(10 * 365 * 86400),
             is_ca: true,
             key_usages: vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign],
+            path_length: None,
+            name_constraints: None,
+            extended_key_usages: Vec::new(),
+            common_name: None,
         }
     }
 }
@@ -167,17 +345,25 @@ impl CaParams {
     fn certificate(&self, name: &str, trust_domain: &str) -> CertificateParams {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
-        params
-            .distinguished_name
-            .push(DnType::CommonName, format!("{name}{trust_domain}"));
+        params.distinguished_name.push(
+            DnType::CommonName,
+            self.common_name
+                .clone()
+                .unwrap_or_else(|| format!("{name}{trust_domain}")),
+        );
         params.not_before = self.not_before.into();
         params.not_after = self.not_after.into();
         params.is_ca = if self.is_ca {
-            IsCa::Ca(BasicConstraints::Unconstrained)
+            IsCa::Ca(self.path_length.map_or(
+                BasicConstraints::Unconstrained,
+                BasicConstraints::Constrained,
+            ))
         } else {
             IsCa::ExplicitNoCa
         };
         params.key_usages = self.key_usages.clone();
+        params.extended_key_usages = self.extended_key_usages.clone();
+        params.name_constraints = self.name_constraints.clone();
         params
     }
 }
@@ -205,6 +391,12 @@ pub struct LeafParams {
     pub algorithm: &'static SignatureAlgorithm,
     /// Adds a critical extension that nobody knows.
     pub unknown_critical_extension: bool,
+    /// URIs of distribution points.
+    pub crl_points: Vec<String>,
+    /// OID, DER content and criticality of extensions to add as they are.
+    pub extensions: Vec<(Vec<u64>, Vec<u8>, bool)>,
+    /// DER contents of a positive number; `None` is a random one.
+    pub serial: Option<Vec<u8>>,
 }
 
 impl LeafParams {
@@ -227,10 +419,14 @@ impl LeafParams {
             ],
             algorithm: &rcgen::PKCS_ECDSA_P256_SHA256,
             unknown_critical_extension: false,
+            crl_points: Vec::new(),
+            extensions: Vec::new(),
+            serial: None,
         }
     }
 
-    fn key(&self) -> KeyPair {
+    /// A new key of the leaf's algorithm.
+    pub fn key(&self) -> KeyPair {
         KeyPair::generate_for(self.algorithm).unwrap()
     }
 
@@ -257,8 +453,18 @@ impl LeafParams {
             let oid = [1, 3, 6, 1, 4, 1, 55555, 1];
             let mut extension = CustomExtension::from_oid_content(&oid, vec![5, 0]);
             extension.set_criticality(true);
-            params.custom_extensions = vec![extension];
+            params.custom_extensions.push(extension);
         }
+        for (oid, content, critical) in &self.extensions {
+            let mut extension = CustomExtension::from_oid_content(oid, content.clone());
+            extension.set_criticality(*critical);
+            params.custom_extensions.push(extension);
+        }
+        if !self.crl_points.is_empty() {
+            let uris = self.crl_points.clone();
+            params.crl_distribution_points = vec![CrlDistributionPoint { uris }];
+        }
+        params.serial_number = self.serial.as_deref().map(SerialNumber::from_slice);
         params
     }
 }

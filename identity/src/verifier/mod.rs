@@ -1,5 +1,7 @@
 //! The judge of one peer.
 
+#[cfg(test)]
+mod corpus;
 mod peer;
 mod refusal;
 #[cfg(test)]
@@ -16,10 +18,11 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 pub use self::peer::VerifiedPeer;
 pub use self::refusal::PeerRefusal;
-use crate::bundles::TrustBundles;
-use crate::chain::{self, Role, SIGNATURES};
+use crate::aliases::TrustDomainAliases;
+use crate::chain::{Role, SIGNATURES};
 use crate::leaf::Leaf;
 use crate::spiffe_id::SpiffeId;
+use crate::trust::TrustStore;
 
 /// Judges the peer of exactly one connection and remembers the verdict.
 ///
@@ -33,19 +36,21 @@ use crate::spiffe_id::SpiffeId;
 /// handshake with the leaf's key. Names other than the URI SAN are ignored, and
 /// so is the name the connection was dialled with (SNI is not used).
 ///
-/// Not checked here: revocation, and whether the peer may do what it asks for.
+/// Revocation is checked where lists are configured for the peer's trust domain,
+/// on either side. Not checked here: whether the peer may do what it asks for.
 #[derive(Debug)]
 pub struct PeerVerifier {
-    bundles: Arc<TrustBundles>,
+    trust: TrustStore,
     expected: ExpectedPeer,
     state: Mutex<State>,
 }
 
 impl PeerVerifier {
-    /// A verifier for one connection.
-    pub fn new(bundles: Arc<TrustBundles>, expected: ExpectedPeer) -> Arc<Self> {
+    /// A verifier for one connection. `trust` is a [`TrustStore`], or an
+    /// `Arc<TrustBundles>` where there are neither aliases nor revocation lists.
+    pub fn new(trust: impl Into<TrustStore>, expected: ExpectedPeer) -> Arc<Self> {
         Arc::new(Self {
-            bundles,
+            trust: trust.into(),
             expected,
             state: Mutex::new(State::Fresh),
         })
@@ -81,8 +86,8 @@ impl PeerVerifier {
     }
 
     #[cfg(any(test, feature = "testing"))]
-    pub(crate) fn bundles(&self) -> Arc<TrustBundles> {
-        Arc::clone(&self.bundles)
+    pub(crate) fn trust(&self) -> TrustStore {
+        self.trust.clone()
     }
 
     fn judge_certificate(
@@ -118,15 +123,13 @@ impl PeerVerifier {
         now: UnixTime,
     ) -> Result<VerifiedPeer, PeerRefusal> {
         let facts = Leaf::read(leaf)?;
-        let bundle = self
-            .bundles
-            .bundle(&facts.id.trust_domain())
-            .ok_or_else(|| PeerRefusal::UnknownTrustDomain(facts.id.trust_domain()))?;
-        chain::verify(leaf, intermediates, &bundle, role, now)?;
-        if !self.expected.admits(&facts.id) {
+        let path = self
+            .trust
+            .prove(&facts.id, leaf, intermediates, role, now)?;
+        if !self.expected.admits(&facts.id, &self.trust.aliases()) {
             return Err(PeerRefusal::WrongIdentity(facts.id));
         }
-        Ok(VerifiedPeer::new(facts, leaf, intermediates))
+        Ok(VerifiedPeer::new(facts, leaf, intermediates, path, role))
     }
 
     fn judge_signature(
@@ -171,7 +174,9 @@ impl PeerVerifier {
 pub enum ExpectedPeer {
     /// Whoever has a valid identity: the accepting side, where policy decides.
     AnyTrusted,
-    /// One of these, and nobody when it is empty: the dialling side.
+    /// One of these, and nobody when it is empty: the dialling side. An ID of
+    /// an alias trust domain counts as the same path in the canonical one (see
+    /// [`TrustDomainAliases`]).
     OneOf(BTreeSet<SpiffeId>),
 }
 
@@ -181,10 +186,12 @@ impl ExpectedPeer {
         Self::OneOf(BTreeSet::from([id]))
     }
 
-    fn admits(&self, id: &SpiffeId) -> bool {
+    fn admits(&self, id: &SpiffeId, aliases: &TrustDomainAliases) -> bool {
         match self {
             Self::AnyTrusted => true,
-            Self::OneOf(ids) => ids.contains(id),
+            Self::OneOf(ids) if ids.contains(id) => true,
+            Self::OneOf(_) if aliases.is_empty() => false,
+            Self::OneOf(ids) => ids.iter().any(|expected| aliases.same(expected, id)),
         }
     }
 }

@@ -1,7 +1,10 @@
 //! The identity of a peer, as proven by its handshake.
 
+use std::sync::Arc;
+
 use rustls_pki_types::CertificateDer;
 
+use crate::chain::{Link, Role};
 use crate::leaf::Leaf;
 use crate::spiffe_id::{SpiffeId, WorkloadIdentity};
 
@@ -9,11 +12,15 @@ use crate::spiffe_id::{SpiffeId, WorkloadIdentity};
 /// makes one, so holding one is the proof.
 ///
 /// It says what was true at the handshake: it does not expire by itself, and
-/// does not follow later changes of the trust bundle.
+/// does not follow later changes of what is trusted. To judge it again, see
+/// [`TrustStore::verify_again`](crate::TrustStore::verify_again) and
+/// [`TrustStore::revoked`](crate::TrustStore::revoked).
 #[derive(Clone, PartialEq, Eq)]
 pub struct VerifiedPeer {
     facts: Leaf,
-    chain: Vec<CertificateDer<'static>>,
+    chain: Arc<[CertificateDer<'static>]>,
+    path: Arc<[Link]>,
+    role: Role,
 }
 
 impl VerifiedPeer {
@@ -21,12 +28,19 @@ impl VerifiedPeer {
         facts: Leaf,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
+        path: Vec<Link>,
+        role: Role,
     ) -> Self {
         let chain = std::iter::once(leaf)
             .chain(intermediates)
             .map(|der| der.clone().into_owned())
             .collect();
-        Self { facts, chain }
+        Self {
+            facts,
+            chain,
+            path: path.into(),
+            role,
+        }
     }
 
     /// The peer's SPIFFE ID.
@@ -62,6 +76,15 @@ impl VerifiedPeer {
     /// The DER certificates the peer sent, leaf first.
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.chain
+    }
+
+    /// The certificates by which it was accepted, leaf first, and their issuers.
+    pub(crate) fn path(&self) -> &[Link] {
+        &self.path
+    }
+
+    pub(crate) fn role(&self) -> Role {
+        self.role
     }
 
     pub(super) fn leaf(&self) -> Option<&CertificateDer<'static>> {

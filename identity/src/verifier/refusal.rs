@@ -50,6 +50,21 @@ pub enum PeerRefusal {
     /// A signature algorithm or key size that is not accepted.
     #[error("the peer's chain is signed with an algorithm that is not accepted")]
     WeakSignature,
+    /// The leaf's key is of a kind or size that is not accepted.
+    #[error("the peer's key is not ECDSA P-256/P-384, Ed25519 or RSA of 2048 to 8192 bits")]
+    WeakKey,
+    /// A revocation list of its trust domain names a certificate of the chain.
+    #[error("certificate {serial} of issuer {issuer}, in the peer's chain, is revoked")]
+    Revoked {
+        /// Lower-case hex.
+        serial: String,
+        /// A printable distinguished name.
+        issuer: String,
+    },
+    /// Revocation lists are configured for its trust domain, but none that is
+    /// valid covers the chain.
+    #[error("whether the peer's chain is revoked is not known: {0}")]
+    RevocationUnknown(String),
     /// The peer does not have the leaf's private key.
     #[error("the peer's handshake signature is not of its certificate's key")]
     BadHandshakeSignature,
@@ -81,6 +96,9 @@ impl PeerRefusal {
             Self::KeyUsage => "key-usage",
             Self::ExtendedKeyUsage => "extended-key-usage",
             Self::WeakSignature => "weak-signature",
+            Self::WeakKey => "weak-key",
+            Self::Revoked { .. } => "revoked",
+            Self::RevocationUnknown(_) => "revocation-unknown",
             Self::BadHandshakeSignature => "bad-handshake-signature",
             Self::Malformed => "malformed",
             Self::TooLarge => "too-large",
@@ -107,9 +125,15 @@ impl PeerRefusal {
             // access_denied
             Self::WrongIdentity(_) => CertificateError::ApplicationVerificationFailure,
             // unsupported_certificate
-            Self::LeafIsCa | Self::KeyUsage | Self::ExtendedKeyUsage | Self::WeakSignature => {
-                CertificateError::InvalidPurpose
-            }
+            Self::LeafIsCa
+            | Self::KeyUsage
+            | Self::ExtendedKeyUsage
+            | Self::WeakSignature
+            | Self::WeakKey => CertificateError::InvalidPurpose,
+            // certificate_revoked
+            Self::Revoked { .. } => CertificateError::Revoked,
+            // unknown_ca
+            Self::RevocationUnknown(_) => CertificateError::UnknownRevocationStatus,
             // decrypt_error
             Self::BadHandshakeSignature => CertificateError::BadSignature,
         };

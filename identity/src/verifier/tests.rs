@@ -8,6 +8,8 @@ use rcgen::{ExtendedKeyUsagePurpose as Eku, KeyUsagePurpose as Ku};
 use rustls::AlertDescription as Alert;
 
 use super::*;
+use crate::bundles::TrustBundles;
+use crate::revocation::RevocationLists;
 use crate::spiffe_id::WorkloadIdentity;
 use crate::svid::Svid;
 use crate::testing::{CaParams, LeafParams, TestCa, handshake, workload};
@@ -458,4 +460,45 @@ fn removing_a_bundle_refuses_its_peers_at_once() {
     shown_by_client(&bundles, &peer).accepted().unwrap();
     assert!(bundles.remove("test", ca.trust_domain()));
     shown_by_client(&bundles, &peer).assert_refused("unknown-trust-domain", Alert::UnknownCA);
+}
+
+#[test]
+fn an_alias_chains_to_its_own_bundle_and_is_expected_under_either_name() {
+    let (old, new) = (TestCa::new("old"), TestCa::new("new"));
+    let bundles = new.bundle();
+    let aliases = |pairs: &[(&str, &str)]| {
+        let td = |name: &str| crate::TrustDomain::parse(name).unwrap();
+        TrustDomainAliases::new(pairs.iter().map(|(a, b)| (td(a), td(b)))).unwrap()
+    };
+    let revocation = Arc::new(RevocationLists::new());
+    let trust = TrustStore::new(Arc::clone(&bundles), revocation, aliases(&[("old", "new")]));
+    let expected = workload("new", "shop", "cart");
+    let judge = |peer: &Svid| {
+        let expected = ExpectedPeer::only(expected.spiffe_id().clone());
+        let verifier = PeerVerifier::new(trust.clone(), expected);
+        let (leaf, rest) = peer.chain().split_first().unwrap();
+        let name = crate::tls::unused_server_name();
+        let _ = verifier.verify_server_cert(leaf, rest, &name, &[], UnixTime::now());
+        verifier.refusal().map(|refusal| refusal.as_str())
+    };
+    let renamed = old.svid(&workload("old", "shop", "cart"));
+
+    // An alias alone gives nobody a bundle, and not the canonical one either.
+    assert_eq!(judge(&renamed), Some("unknown-trust-domain"));
+    let under_new_root = new.svid(&workload("old", "shop", "cart"));
+    assert_eq!(judge(&under_new_root), Some("unknown-trust-domain"));
+
+    bundles
+        .replace("old", old.trust_domain(), &[old.root().clone()])
+        .unwrap();
+    assert_eq!(judge(&renamed), None);
+    assert_eq!(judge(&under_new_root), Some("untrusted"));
+    assert_eq!(judge(&new.svid(&expected)), None);
+    let other_path = old.svid(&workload("old", "shop", "admin"));
+    assert_eq!(judge(&other_path), Some("wrong-identity"));
+
+    trust.set_aliases(aliases(&[]));
+    assert_eq!(judge(&renamed), Some("wrong-identity"));
+    trust.set_aliases(aliases(&[("new", "old")]));
+    assert_eq!(judge(&renamed), None);
 }

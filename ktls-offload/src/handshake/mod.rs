@@ -80,7 +80,7 @@ pub async fn client(
     let name = tcp.peer_addr().map_err(HandshakeError::io)?.ip();
     let conn = UnbufferedClientConnection::new(config, ServerName::IpAddress(name.into()))
         .map_err(HandshakeError::Internal)?;
-    within(timeout, run(tcp, conn, verifier)).await
+    within(timeout, Box::pin(run(tcp, conn, verifier))).await
 }
 
 /// Shakes hands as the server. `verifier` must be the one inside `config`, and new.
@@ -91,7 +91,7 @@ pub async fn server(
     timeout: Duration,
 ) -> Result<Handshaken, HandshakeError> {
     let conn = UnbufferedServerConnection::new(config).map_err(HandshakeError::Internal)?;
-    within(timeout, run(tcp, conn, verifier)).await
+    within(timeout, Box::pin(run(tcp, conn, verifier))).await
 }
 
 async fn within<T>(

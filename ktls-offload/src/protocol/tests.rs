@@ -170,14 +170,22 @@ fn malformed_messages_are_refused_with_the_right_reason() {
             raw(4, &[field(5, &[0, 1]), field(1, &ID)].concat()),
             E::FieldOrder(1),
         ),
-        ("READY with a stream", raw(1, &field(1, &ID)), E::UnknownField(1)),
+        (
+            "READY with a stream",
+            raw(1, &field(1, &ID)),
+            E::UnknownField(1),
+        ),
         (
             "END with a reason",
             raw(5, &[field(1, &ID), field(5, &[0, 1])].concat()),
             E::UnknownField(5),
         ),
         ("END without a stream", raw(5, &[]), E::MissingField(1)),
-        ("RESET without reason", raw(6, &field(1, &ID)), E::MissingField(5)),
+        (
+            "RESET without reason",
+            raw(6, &field(1, &ID)),
+            E::MissingField(5),
+        ),
         (
             "short stream id",
             raw(5, &field(1, &[7; 15])),
@@ -193,7 +201,11 @@ fn malformed_messages_are_refused_with_the_right_reason() {
             open_with(&V4, &[]),
             E::FieldLength { field: 3, len: 0 },
         ),
-        ("port 0", open_with(&[10, 0, 0, 1, 0, 0], &V4), E::BadAddress("port 0")),
+        (
+            "port 0",
+            open_with(&[10, 0, 0, 1, 0, 0], &V4),
+            E::BadAddress("port 0"),
+        ),
         (
             "0.0.0.0",
             open_with(&[0, 0, 0, 0, 0, 80], &V4),
@@ -272,7 +284,9 @@ fn endless_repetition_is_refused() {
 #[test]
 fn a_used_up_counter_is_an_error() {
     assert_eq!(
-        Sender::resume(u64::MAX).encode(&Message::Ready).unwrap_err(),
+        Sender::resume(u64::MAX)
+            .encode(&Message::Ready)
+            .unwrap_err(),
         ProtocolError::CounterExhausted
     );
     let last = encode(&Message::Ready, u64::MAX);
@@ -343,7 +357,11 @@ fn the_documented_vectors_hold() {
     ];
     assert_eq!(vectors.len(), expected.len(), "vectors in docs/protocol.md");
     for (bytes, (message, counter)) in vectors.iter().zip(expected) {
-        assert_eq!(encode(&message, counter).as_bytes(), &bytes[..], "{message:?}");
+        assert_eq!(
+            encode(&message, counter).as_bytes(),
+            &bytes[..],
+            "{message:?}"
+        );
         assert_eq!(decode(bytes), Ok((message, counter)));
     }
 }

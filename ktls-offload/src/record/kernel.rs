@@ -23,6 +23,10 @@ use crate::sys::{self, Direction, KeyError, fd};
 /// 64 slots and a record takes at least 16 of them before it is closed early.
 const RECORDS_PER_SPLICE: u64 = 6;
 
+/// What to wait for before receiving. An error alone counts: kernels with a TLS-aware poll
+/// (6.2 on) report a malformed record as `EPOLLERR` without `EPOLLIN`.
+const RECEIVABLE: Interest = Interest::READABLE.add(Interest::ERROR);
+
 /// Bytes offered to one `recvmsg`.
 const RECV: usize = 32 * 1024;
 
@@ -84,12 +88,11 @@ impl Tx {
         if self.estimate < self.ask_at {
             return Ok(());
         }
-        let sent = sys::record_sequence(fd(sock), Direction::Tx).map_err(|source| {
-            TunnelError::Local {
+        let sent =
+            sys::record_sequence(fd(sock), Direction::Tx).map_err(|source| TunnelError::Local {
                 during: "reading the kernel's record number",
                 source,
-            }
-        })?;
+            })?;
         self.estimate = sent;
         // Half of what is left, so that the estimate cannot pass the limit unasked.
         let left = MAX_RECORDS.saturating_sub(sent);
@@ -175,31 +178,19 @@ impl Tx {
                     self.pipe.filled -= n;
                     counters.add_tx(n);
                     self.count(sock, (n / MAX_PLAINTEXT) as u64 + RECORDS_PER_SPLICE)?;
-                    if self.pipe.filled > 0 {
-                        self.close_open_record(sock)?;
-                    }
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.close_open_record(sock)?;
+                    // A splice that stops half-way has told TCP that more will follow at once,
+                    // and TCP (up to Linux 6.4) then holds back what it has. If that alone
+                    // fills the send buffer, as it can when memory pressure has shrunk it
+                    // below two records, nothing would ever go out.
+                    sock.set_nodelay(true).map_err(sending)?;
                     sock.writable().await.map_err(sending)?;
                 }
                 Err(e) => return Err(sending(e)),
             }
         }
         Ok(())
-    }
-
-    /// A splice that stops half-way leaves its last record open. Its pages count against the
-    /// send buffer and only a closed record is ever sent: with a buffer smaller than a
-    /// record (Linux shrinks them under memory pressure) the socket would stay full for
-    /// ever. So the record is closed before we wait.
-    fn close_open_record(&mut self, sock: &TcpStream) -> Result<(), TunnelError> {
-        self.estimate += 1;
-        match sys::close_open_record(fd(sock)) {
-            Ok(()) => Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
-            Err(e) => Err(sending(e)),
-        }
     }
 }
 
@@ -256,7 +247,7 @@ impl Rx {
                 Step::Progress => {}
                 Step::Nothing => {
                     self.spill.buf.release();
-                    sock.readable().await.map_err(receiving)?;
+                    sock.ready(RECEIVABLE).await.map_err(receiving)?;
                 }
             }
         }
@@ -273,7 +264,7 @@ impl Rx {
             consume_budget().await;
             self.drain(app, counters).await?;
             let pipe = self.pipe.get().map_err(no_pipe)?;
-            match sock.try_io(Interest::READABLE, || {
+            match try_receive(sock, || {
                 sys::splice(fd(sock), fd(&pipe.write), sys::SPLICE_MAX)
             }) {
                 Ok(n) if n > 0 => {
@@ -298,7 +289,7 @@ impl Rx {
                 // The pipe is empty, so it is the socket that has nothing.
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.release();
-                    sock.readable().await.map_err(receiving)?;
+                    sock.ready(RECEIVABLE).await.map_err(receiving)?;
                 }
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EIO)) => {
                     match self.recv_step(sock, inbound)? {
@@ -362,9 +353,7 @@ impl Rx {
     fn recv_step(&mut self, sock: &TcpStream, inbound: &mut Inbound) -> Result<Step, TunnelError> {
         let buffer = self.spill.buf.get();
         let buffer = buffer.get_mut(..RECV).unwrap_or(&mut []);
-        let received = match sock.try_io(Interest::READABLE, || {
-            sys::recv_record(fd(sock), buffer)
-        }) {
+        let received = match try_receive(sock, || sys::recv_record(fd(sock), buffer)) {
             Ok(received) => received,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Step::Nothing),
             Err(e) => return Err(receiving(e)),
@@ -394,18 +383,27 @@ impl Rx {
         loop {
             consume_budget().await;
             let buffer = self.spill.buf.get();
-            match sock.try_io(Interest::READABLE, || sys::recv_record(fd(sock), buffer)) {
+            match try_receive(sock, || sys::recv_record(fd(sock), buffer)) {
                 Ok(r) if r.len == 0 && r.record_type.is_none() => return,
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.spill.buf.release();
-                    if sock.readable().await.is_err() {
+                    if sock.ready(RECEIVABLE).await.is_err() {
                         return;
                     }
                 }
                 Err(_) => return,
             }
         }
+    }
+}
+
+/// Runs `receive` if the socket may have something, an error included.
+fn try_receive<R>(sock: &TcpStream, mut receive: impl FnMut() -> io::Result<R>) -> io::Result<R> {
+    // tokio's try_io takes one interest at a time.
+    match sock.try_io(Interest::READABLE, &mut receive) {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => sock.try_io(Interest::ERROR, receive),
+        done => done,
     }
 }
 

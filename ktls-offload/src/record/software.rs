@@ -6,9 +6,7 @@ use tokio::net::TcpStream;
 use tokio::task::coop::consume_budget;
 
 use super::aead::{HEADER, MAX_RECORD, OVERHEAD, RecordKey, record_len};
-use super::{
-    AppEnd, CopyError, Inbound, Incoming, MAX_PLAINTEXT, MAX_RECORDS, TYPE_DATA,
-};
+use super::{AppEnd, CopyError, Inbound, Incoming, MAX_PLAINTEXT, MAX_RECORDS, TYPE_DATA};
 use crate::error::TunnelError;
 use crate::pool::{BUFFER, Buffer};
 use crate::stream::Counters;

@@ -18,7 +18,8 @@ use ktls_offload::{
 };
 use ringfence_identity::testing::{TestCa, workload};
 use ringfence_identity::{ExpectedPeer, PeerVerifier, Svid, TrustBundles, tls};
-use rustls::{ClientConfig, ServerConfig};
+use rustls::crypto::CryptoProvider;
+use rustls::{ClientConfig, ServerConfig, SupportedCipherSuite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
@@ -102,6 +103,28 @@ impl Pki {
         (Arc::new(config), verifier)
     }
 
+    /// As [`Pki::server_tls`], with one cipher suite only.
+    pub fn server_tls_of(
+        &self,
+        suite: SupportedCipherSuite,
+    ) -> (Arc<ServerConfig>, Arc<PeerVerifier>) {
+        let verifier = PeerVerifier::new(Arc::clone(&self.bundles), ExpectedPeer::AnyTrusted);
+        let provider = CryptoProvider {
+            cipher_suites: vec![suite],
+            ..tls::provider().as_ref().clone()
+        };
+        let key = Arc::clone(self.server.certified_key());
+        let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_client_cert_verifier(Arc::clone(&verifier) as _)
+            .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(key)));
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.enable_secret_extraction = true;
+        config.send_tls13_tickets = 0;
+        (Arc::new(config), verifier)
+    }
+
     pub async fn connect(
         &self,
         tcp: TcpStream,
@@ -136,10 +159,7 @@ pub async fn tunnels(layer: RecordLayer) -> (Tunnel, Tunnel) {
     tunnels_over(tcp_pair().await, layer).await
 }
 
-pub async fn tunnels_over(
-    (a, b): (TcpStream, TcpStream),
-    layer: RecordLayer,
-) -> (Tunnel, Tunnel) {
+pub async fn tunnels_over((a, b): (TcpStream, TcpStream), layer: RecordLayer) -> (Tunnel, Tunnel) {
     let pki = Pki::new();
     let config = TunnelConfig::new(layer);
     let (client, server) = tokio::join!(pki.connect(a, &config), pki.accept(b, &config));
@@ -147,6 +167,15 @@ pub async fn tunnels_over(
     assert_eq!(client.record_layer(), layer);
     assert_eq!(server.record_layer(), layer);
     (client, server)
+}
+
+/// Ends of different record layers.
+pub async fn tunnels_of(client: RecordLayer, server: RecordLayer) -> (Tunnel, Tunnel) {
+    let pki = Pki::new();
+    let (a, b) = tcp_pair().await;
+    let (client, server) = (TunnelConfig::new(client), TunnelConfig::new(server));
+    let (client, server) = tokio::join!(pki.connect(a, &client), pki.accept(b, &server));
+    (client.unwrap(), server.unwrap())
 }
 
 pub fn destination() -> SocketAddr {

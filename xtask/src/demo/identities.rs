@@ -21,7 +21,9 @@ impl Demo {
                 if pod == "web" {
                     self.openssl_saw(&shown)?;
                 }
-                let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+                let now = std::time::SystemTime::now()
+                    .duration_since(std::time::UNIX_EPOCH)?
+                    .as_secs();
                 let left = shown.not_after.checked_sub(now).context("it has expired")?;
                 seen(format!(
                     "{}, issuer {}, serial {}, expires in {} min; {} with {}",
@@ -43,11 +45,14 @@ impl Demo {
             "openssl s_client -connect {target} -alpn ringfence/1 </dev/null 2>/dev/null | \
              openssl x509 -noout -serial -ext subjectAltName"
         );
-        let told = text(self.lab.command("outside", "sh")?.args(["-c", &script]))?;
+        let mut shell = self.lab.command("outside", "sh")?;
+        shell.args(["-c", &script]);
+        let told = text(shell)?;
         let serial = format!("serial={}", shown.serial.to_uppercase());
         let name = format!("URI:{}", shown.peer);
         ensure!(
-            told.lines().any(|line| line.trim() == serial) && told.lines().any(|line| line.trim() == name),
+            told.lines().any(|line| line.trim() == serial)
+                && told.lines().any(|line| line.trim() == name),
             "openssl saw {told:?}, not {serial} and {name}"
         );
         Ok(())
@@ -63,7 +68,12 @@ impl Demo {
             .handshakes
             .iter()
             .find(|handshake| handshake.peer == id)
-            .with_context(|| format!("the agent on {other} has seen no handshake of {id}: {:?}", status.handshakes))?;
+            .with_context(|| {
+                format!(
+                    "the agent on {other} has seen no handshake of {id}: {:?}",
+                    status.handshakes
+                )
+            })?;
         let held = self.lab.status(own)?.svids;
         let svid = held
             .iter()

@@ -32,12 +32,22 @@ impl Demo {
             for (old, new) in before.iter().zip(&after) {
                 for name in AGENT_COUNTERS {
                     let moved = new.counter(name).saturating_sub(old.counter(name));
-                    ensure!(moved == 0, "{name} of the agent on {} moved by {moved}", new.node);
+                    ensure!(
+                        moved == 0,
+                        "{name} of the agent on {} moved by {moved}",
+                        new.node
+                    );
                 }
             }
-            let direct: u64 =
-                before.iter().zip(&after).map(|(old, new)| new.counter(DIRECT).saturating_sub(old.counter(DIRECT))).sum();
-            ensure!(direct >= requests, "{DIRECT} moved by {direct} for {requests} requests");
+            let direct: u64 = before
+                .iter()
+                .zip(&after)
+                .map(|(old, new)| new.counter(DIRECT).saturating_sub(old.counter(DIRECT)))
+                .sum();
+            ensure!(
+                direct >= requests,
+                "{DIRECT} moved by {direct} for {requests} requests"
+            );
             seen(format!(
                 "{requests} requests to address and service answered; {} stood still on both nodes",
                 AGENT_COUNTERS.join(", ")
@@ -46,6 +56,11 @@ impl Demo {
     }
 
     fn both_agents(&self) -> Result<Vec<Status>> {
-        self.lab.topology().nodes.iter().map(|node| self.lab.status(&node.name)).collect()
+        self.lab
+            .topology()
+            .nodes
+            .iter()
+            .map(|node| self.lab.status(&node.name))
+            .collect()
     }
 }

@@ -14,17 +14,29 @@ impl Demo {
     /// An identity that the policy denies.
     pub fn policy_refusal(&mut self, rows: &mut Rows) {
         for family in Family::BOTH {
-            rows.add(&format!("an identity the policy denies is refused, {}", family.name()), || {
-                let service = SocketAddr::new(family.of(WEB_VIP), TEST_PORT);
-                let mut server = Acceptor::start(&self.lab.pod("web")?.netns(), TEST_PORT)?;
-                let denied = self.attempt("intruder", service)?;
-                ensure!(denied.is_refusal(), "intruder got {denied:?}");
-                let allowed = self.attempt("client", service)?;
-                ensure!(matches!(allowed, Outcome::Answered(_)), "client got {allowed:?}");
-                let client = self.lab.pod("client")?.address(family);
-                only_peer(&mut server, client, self.patience)?;
-                seen(format!("intruder: {}; the server accepted 1 connection, client's", describe(&denied)))
-            });
+            rows.add(
+                &format!(
+                    "an identity the policy denies is refused, {}",
+                    family.name()
+                ),
+                || {
+                    let service = SocketAddr::new(family.of(WEB_VIP), TEST_PORT);
+                    let mut server = Acceptor::start(&self.lab.pod("web")?.netns(), TEST_PORT)?;
+                    let denied = self.attempt("intruder", service)?;
+                    ensure!(denied.is_refusal(), "intruder got {denied:?}");
+                    let allowed = self.attempt("client", service)?;
+                    ensure!(
+                        matches!(allowed, Outcome::Answered(_)),
+                        "client got {allowed:?}"
+                    );
+                    let client = self.lab.pod("client")?.address(family);
+                    only_peer(&mut server, client, self.patience)?;
+                    seen(format!(
+                        "intruder: {}; the server accepted 1 connection, client's",
+                        describe(&denied)
+                    ))
+                },
+            );
         }
     }
 
@@ -41,7 +53,11 @@ impl Demo {
                 let mut server = Acceptor::start(&self.lab.pod("web")?.netns(), TEST_PORT)?;
                 let target = SocketAddr::new(self.lab.pod("web")?.address(family), TEST_PORT);
                 let outcome = self.attempt("outside", target)?;
-                ensure!(matches!(outcome, Outcome::Answered(_)), "{}: {outcome:?}", family.name());
+                ensure!(
+                    matches!(outcome, Outcome::Answered(_)),
+                    "{}: {outcome:?}",
+                    family.name()
+                );
                 let outside = self.lab.pod("outside")?.address(family);
                 only_peer(&mut server, outside, self.patience)?;
             }
@@ -60,24 +76,42 @@ impl Demo {
             let target = SocketAddr::new(self.lab.pod("web")?.address(family), TEST_PORT);
             let outcome = self.attempt("outside", target)?;
             ensure!(outcome.is_refusal(), "{}: {outcome:?}", family.name());
-            ensure!(server.accepted().is_empty(), "the server accepted {:?}", server.accepted());
+            ensure!(
+                server.accepted().is_empty(),
+                "the server accepted {:?}",
+                server.accepted()
+            );
             how.push(format!("{}: {}", family.name(), describe(&outcome)));
         }
         seen(format!("{}; the server accepted none", how.join(", ")))
     }
 
     fn attempt(&self, pod: &str, target: SocketAddr) -> Result<Outcome> {
-        connect(&self.lab.pod(pod)?.netns(), target, b"hello\n", self.patience)
+        connect(
+            &self.lab.pod(pod)?.netns(),
+            target,
+            b"hello\n",
+            self.patience,
+        )
     }
 }
 
 /// The server accepted exactly one connection, from that address. The one that must be
 /// there came last, so that one that must not be there would be there, too.
-fn only_peer(server: &mut Acceptor, address: std::net::IpAddr, patience: std::time::Duration) -> Result<()> {
-    server.next(patience).context("the server accepted nothing")?;
+fn only_peer(
+    server: &mut Acceptor,
+    address: std::net::IpAddr,
+    patience: std::time::Duration,
+) -> Result<()> {
+    server
+        .next(patience)
+        .context("the server accepted nothing")?;
     let peers = server.accepted();
     ensure!(peers.len() == 1, "the server accepted {peers:?}");
-    ensure!(peers.iter().all(|peer| peer.ip() == address), "the server saw {peers:?}, not {address}");
+    ensure!(
+        peers.iter().all(|peer| peer.ip() == address),
+        "the server saw {peers:?}, not {address}"
+    );
     Ok(())
 }
 
@@ -86,7 +120,11 @@ fn admit_outsiders(mesh: &mut Mesh) {
     let ip_blocks = vec!["10.77.0.0/16".to_owned(), "fd77::/16".to_owned()];
     mesh.policies.push(Policy {
         name: "anyone-may-use-the-test-port".into(),
-        rules: vec![Rule { ip_blocks, ports: vec![TEST_PORT], ..Rule::default() }],
+        rules: vec![Rule {
+            ip_blocks,
+            ports: vec![TEST_PORT],
+            ..Rule::default()
+        }],
         ..Policy::clients_may_use_web()
     });
 }

@@ -57,7 +57,10 @@ impl Report {
     }
 
     fn count(&self, verdict: Verdict) -> usize {
-        self.rows.iter().filter(|row| row.verdict == verdict).count()
+        self.rows
+            .iter()
+            .filter(|row| row.verdict == verdict)
+            .count()
     }
 }
 
@@ -71,7 +74,10 @@ const NAME_WIDTH: usize = 52;
 
 impl Rows {
     pub fn new(quiet: bool) -> Self {
-        Rows { rows: Vec::new(), quiet }
+        Rows {
+            rows: Vec::new(),
+            quiet,
+        }
     }
 
     pub fn heading(&self, text: &str) {
@@ -89,7 +95,12 @@ impl Rows {
             Err(error) => (Verdict::Failed, format!("{error:#}")),
         };
         let seconds = started.elapsed().as_secs_f64();
-        let row = Row { name: name.to_owned(), verdict, observed, seconds };
+        let row = Row {
+            name: name.to_owned(),
+            verdict,
+            observed,
+            seconds,
+        };
         if !self.quiet {
             println!("{}", row.line());
         }
@@ -108,7 +119,10 @@ impl Row {
             Verdict::Failed => '✗',
             Verdict::Skipped => '–',
         };
-        format!("{sign} {:<NAME_WIDTH$} {:>5.1} s  {}", self.name, self.seconds, self.observed)
+        format!(
+            "{sign} {:<NAME_WIDTH$} {:>5.1} s  {}",
+            self.name, self.seconds, self.observed
+        )
     }
 }
 

@@ -68,27 +68,51 @@ struct Tunnels {
 impl Tunnels {
     /// Every connection to the tunnel port must be TLS 1.3 from its first to its last byte.
     fn of(streams: &std::collections::BTreeMap<Direction, Stream>) -> Result<Self> {
-        let mut tunnels = Tunnels { connections: 0, records: 0, cipher: "" };
+        let mut tunnels = Tunnels {
+            connections: 0,
+            records: 0,
+            cipher: "",
+        };
         let dialled = streams.keys().filter(|direction| is_tunnel(direction.to));
         for direction in dialled {
-            let answer = streams.get(&direction.reverse()).context("a tunnel without an answer")?;
-            let request = streams.get(direction).context("a tunnel without a request")?;
+            let answer = streams
+                .get(&direction.reverse())
+                .context("a tunnel without an answer")?;
+            let request = streams
+                .get(direction)
+                .context("a tunnel without a request")?;
             for (name, stream) in [("to", request), ("from", answer)] {
-                ensure!(stream.unplaced == 0, "{} bytes {name} {} could not be placed", stream.unplaced, direction.to);
+                ensure!(
+                    stream.unplaced == 0,
+                    "{} bytes {name} {} could not be placed",
+                    stream.unplaced,
+                    direction.to
+                );
                 let records = Records::parse(&stream.bytes);
                 if let Some(violation) = records.violation {
                     anyhow::bail!("what goes {name} {} is not TLS: {violation}", direction.to);
                 }
                 tunnels.records += records.count(APPLICATION_DATA);
                 if let Some(hello) = records.server_hello {
-                    ensure!(hello.is_tls13(), "{} chose version {:04x}", direction.to, hello.version);
+                    ensure!(
+                        hello.is_tls13(),
+                        "{} chose version {:04x}",
+                        direction.to,
+                        hello.version
+                    );
                     tunnels.cipher = hello.cipher_name();
                     tunnels.connections += 1;
                 }
             }
         }
-        ensure!(tunnels.connections > 0, "no TLS handshake to port {TUNNEL_PORT} was captured");
-        ensure!(tunnels.records > 0, "no application data to port {TUNNEL_PORT} was captured");
+        ensure!(
+            tunnels.connections > 0,
+            "no TLS handshake to port {TUNNEL_PORT} was captured"
+        );
+        ensure!(
+            tunnels.records > 0,
+            "no application data to port {TUNNEL_PORT} was captured"
+        );
         Ok(tunnels)
     }
 }

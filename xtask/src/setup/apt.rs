@@ -27,8 +27,11 @@ const SERVICES: &[(&str, &str)] = &[("nginx-light", "nginx"), ("redis-server", "
 
 /// Installs the packages of the programs that are not there.
 pub fn ensure_programs(programs: &[Program]) -> Result<()> {
-    let mut missing: Vec<&str> =
-        programs.iter().filter(|p| find_program(p.name).is_none()).map(|p| p.package).collect();
+    let mut missing: Vec<&str> = programs
+        .iter()
+        .filter(|p| find_program(p.name).is_none())
+        .map(|p| p.package)
+        .collect();
     missing.sort_unstable();
     missing.dedup();
     if missing.is_empty() {
@@ -64,7 +67,9 @@ fn install(packages: &[&str]) -> Result<()> {
     let quiet = ServicesKeptDown::new(&services);
     ui::run(
         "apt-get install",
-        apt_get().args(["install", "--no-install-recommends"]).args(packages),
+        apt_get()
+            .args(["install", "--no-install-recommends"])
+            .args(packages),
     )?;
     drop(quiet);
     Ok(())
@@ -163,16 +168,32 @@ impl SideSource {
             "{KEYRING} is missing: install the package debian-archive-keyring"
         );
         std::fs::write(dir.join("sources.list"), text)?;
-        let source = SideSource { dir: dir.to_owned() };
-        ui::run("reading Debian's package lists", source.apt("apt-get").arg("update"))?;
+        let source = SideSource {
+            dir: dir.to_owned(),
+        };
+        ui::run(
+            "reading Debian's package lists",
+            source.apt("apt-get").arg("update"),
+        )?;
         Ok(source)
     }
 
     /// Names of all packages of the source.
     pub fn package_names(&self) -> Result<Vec<String>> {
-        let output = self.apt("apt-cache").arg("pkgnames").stderr(Stdio::null()).output()?;
-        ensure!(output.status.success(), "apt-cache pkgnames ended with {}", output.status);
-        Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
+        let output = self
+            .apt("apt-cache")
+            .arg("pkgnames")
+            .stderr(Stdio::null())
+            .output()?;
+        ensure!(
+            output.status.success(),
+            "apt-cache pkgnames ended with {}",
+            output.status
+        );
+        Ok(String::from_utf8_lossy(&output.stdout)
+            .lines()
+            .map(str::to_owned)
+            .collect())
     }
 
     /// Downloads `package` and unpacks it below `into`.
@@ -182,7 +203,9 @@ impl SideSource {
         std::fs::create_dir_all(&archives)?;
         ui::run(
             &format!("downloading {package}"),
-            self.apt("apt-get").args(["download", package]).current_dir(&archives),
+            self.apt("apt-get")
+                .args(["download", package])
+                .current_dir(&archives),
         )?;
         let archive = std::fs::read_dir(&archives)?
             .filter_map(|entry| entry.ok().map(|e| e.path()))
@@ -202,11 +225,22 @@ impl SideSource {
         let mut command = Command::new(program);
         command
             .args(["-q", "-o", "Dir::Etc::sourceparts=/dev/null"])
-            .args(["-o", &option("Dir::Etc::sourcelist", &self.dir.join("sources.list"))])
+            .args([
+                "-o",
+                &option("Dir::Etc::sourcelist", &self.dir.join("sources.list")),
+            ])
             .args(["-o", &option("Dir::State::lists", &self.dir.join("lists"))])
             .args(["-o", &option("Dir::Cache", &self.dir.join("cache"))])
-            .args(["-o", "Acquire::Languages=none", "-o", "APT::Sandbox::User=root"])
-            .args(["-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false"])
+            .args([
+                "-o",
+                "Acquire::Languages=none",
+                "-o",
+                "APT::Sandbox::User=root",
+            ])
+            .args([
+                "-o",
+                "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
+            ])
             .env("DEBIAN_FRONTEND", "noninteractive");
         command
     }
@@ -224,7 +258,12 @@ struct Mirrors {
 impl Mirrors {
     fn of_this_machine() -> Result<Self> {
         let output = Command::new("apt-get")
-            .args(["indextargets", "--format", "$(REPO_URI)|$(RELEASE)", "Created-By: Packages"])
+            .args([
+                "indextargets",
+                "--format",
+                "$(REPO_URI)|$(RELEASE)",
+                "Created-By: Packages",
+            ])
             .output()
             .context("starting apt-get")?;
         Self::parse(&String::from_utf8_lossy(&output.stdout)).context(
@@ -236,8 +275,10 @@ impl Mirrors {
     /// Parses `URI|release` lines. A mirror without a security entry of its own is taken to
     /// hold the security archive beside the main one, as Debian's mirrors do.
     fn parse(targets: &str) -> Option<Self> {
-        let entries: Vec<(&str, &str)> =
-            targets.lines().filter_map(|line| line.split_once('|')).collect();
+        let entries: Vec<(&str, &str)> = targets
+            .lines()
+            .filter_map(|line| line.split_once('|'))
+            .collect();
         let debian = |uri: &str| uri.contains("debian");
         let main = entries
             .iter()

@@ -85,9 +85,17 @@ pub fn ensure_kernel(series: &str) -> Result<GuestKernel> {
 fn cached(series: &str, dir: &Path) -> Option<GuestKernel> {
     let image = dir.join("vmlinuz");
     let modules_root = dir.join("modules");
-    let release = std::fs::read_dir(modules_root.join("lib/modules")).ok()?.next()?.ok()?;
+    let release = std::fs::read_dir(modules_root.join("lib/modules"))
+        .ok()?
+        .next()?
+        .ok()?;
     let release = release.file_name().into_string().ok()?;
-    image.is_file().then_some(GuestKernel { series: series.to_owned(), release, image, modules_root })
+    image.is_file().then_some(GuestKernel {
+        series: series.to_owned(),
+        release,
+        image,
+        modules_root,
+    })
 }
 
 /// The naming scheme of a series' packages.
@@ -108,7 +116,9 @@ impl Packages {
                 .filter(|rest| rest.starts_with(self.release) && rest.ends_with("-cloud-amd64"))
                 .collect()
         };
-        let Some((first, others)) = self.prefixes.split_first() else { return Vec::new() };
+        let Some((first, others)) = self.prefixes.split_first() else {
+            return Vec::new();
+        };
         let others: Vec<_> = others.iter().map(|prefix| releases(prefix)).collect();
         releases(first)
             .into_iter()
@@ -120,16 +130,31 @@ impl Packages {
 
 fn packages_of(series: &str) -> Result<Packages> {
     Ok(match series {
-        "6.1" => Packages { prefixes: &["linux-image-"], release: "6.1." },
-        "6.12" => Packages { prefixes: &["linux-image-"], release: "6.12." },
+        "6.1" => Packages {
+            prefixes: &["linux-image-"],
+            release: "6.1.",
+        },
+        "6.12" => Packages {
+            prefixes: &["linux-image-"],
+            release: "6.12.",
+        },
         // From 7.2 on Debian ships image and modules as two packages.
-        "7.2" => Packages { prefixes: &["linux-binary-", "linux-modules-"], release: "7.2." },
-        other => bail!("unknown guest kernel {other}: one of {}", KERNELS.join(", ")),
+        "7.2" => Packages {
+            prefixes: &["linux-binary-", "linux-modules-"],
+            release: "7.2.",
+        },
+        other => bail!(
+            "unknown guest kernel {other}: one of {}",
+            KERNELS.join(", ")
+        ),
     })
 }
 
 fn fetch(source: &SideSource, wanted: &Packages, release: &str, dir: &Path) -> Result<()> {
-    ui::line(format!("fetching guest kernel {release} into {}", dir.display()));
+    ui::line(format!(
+        "fetching guest kernel {release} into {}",
+        dir.display()
+    ));
     let beside = |suffix: &str| PathBuf::from(format!("{}.{suffix}", dir.display()));
     let (raw, staged) = (beside("unpacked"), beside("staged"));
     for old in [&raw, &staged] {
@@ -139,7 +164,10 @@ fn fetch(source: &SideSource, wanted: &Packages, release: &str, dir: &Path) -> R
         source.unpack(&format!("{prefix}{release}"), &raw)?;
     }
     let uname = only_entry(&["lib/modules", "usr/lib/modules"].map(|p| raw.join(p)))?;
-    let name = uname.file_name().context("modules folder without a name")?.to_owned();
+    let name = uname
+        .file_name()
+        .context("modules folder without a name")?
+        .to_owned();
     let target = staged.join("modules/lib/modules").join(&name);
     stage_modules(&uname, &target)?;
     // Up to 7.1 the image is in boot/, from then on beside the modules.
@@ -148,7 +176,10 @@ fn fetch(source: &SideSource, wanted: &Packages, release: &str, dir: &Path) -> R
         .filter_map(|place| std::fs::read_dir(place).ok())
         .flatten()
         .filter_map(|entry| entry.ok().map(|e| e.path()))
-        .find(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz")))
+        .find(|p| {
+            p.file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz"))
+        })
         .with_context(|| format!("no vmlinuz* in the packages of {release}"))?;
     std::fs::copy(&image, staged.join("vmlinuz"))?;
     ui::run(
@@ -178,12 +209,18 @@ fn stage_modules(from: &Path, to: &Path) -> Result<()> {
     std::fs::create_dir_all(to)?;
     for entry in std::fs::read_dir(from)? {
         let path = entry?.path();
-        if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("modules.")) {
+        if path
+            .file_name()
+            .is_some_and(|n| n.to_string_lossy().starts_with("modules."))
+        {
             std::fs::copy(&path, to.join(path.file_name().unwrap_or_default()))?;
         }
     }
     for module in MODULES {
-        let (source, target) = (from.join("kernel").join(module), to.join("kernel").join(module));
+        let (source, target) = (
+            from.join("kernel").join(module),
+            to.join("kernel").join(module),
+        );
         if source.is_dir() {
             copy_tree(&source, &target)?;
             continue;
@@ -218,7 +255,10 @@ fn decompress(dir: &Path) -> Result<()> {
     let mut compressed = Vec::new();
     collect(dir, &mut compressed)?;
     for chunk in compressed.chunks(200) {
-        ui::run("decompressing modules", Command::new("xz").args(["-d", "-f"]).args(chunk))?;
+        ui::run(
+            "decompressing modules",
+            Command::new("xz").args(["-d", "-f"]).args(chunk),
+        )?;
     }
     Ok(())
 }
@@ -257,7 +297,10 @@ mod tests {
 
     #[test]
     fn releases_are_ordered_by_number() {
-        assert_eq!(natural_order("6.12.100+deb12", "6.12.9+deb12"), Ordering::Greater);
+        assert_eq!(
+            natural_order("6.12.100+deb12", "6.12.9+deb12"),
+            Ordering::Greater
+        );
     }
 
     #[test]
@@ -268,7 +311,10 @@ mod tests {
             "linux-image-6.12.1-cloud-amd64",
             "linux-image-6.1.0-56-amd64",
         ]);
-        assert_eq!(packages_of("6.1").unwrap().candidates(&all), ["6.1.0-56-cloud-amd64"]);
+        assert_eq!(
+            packages_of("6.1").unwrap().candidates(&all),
+            ["6.1.0-56-cloud-amd64"]
+        );
     }
 
     #[test]
@@ -278,7 +324,10 @@ mod tests {
             "linux-binary-7.2.9+deb13-cloud-amd64",
             "linux-modules-7.2.6+deb13-cloud-amd64",
         ]);
-        assert_eq!(packages_of("7.2").unwrap().candidates(&all), ["7.2.6+deb13-cloud-amd64"]);
+        assert_eq!(
+            packages_of("7.2").unwrap().candidates(&all),
+            ["7.2.6+deb13-cloud-amd64"]
+        );
     }
 
     #[test]

@@ -25,12 +25,19 @@ pub fn ensure_cargo_deny() -> Result<PathBuf> {
     if runs(&program) {
         return Ok(program);
     }
-    ui::line(format!("building cargo-deny {CARGO_DENY} into {} (some minutes, once)", tools.display()));
+    ui::line(format!(
+        "building cargo-deny {CARGO_DENY} into {} (some minutes, once)",
+        tools.display()
+    ));
     ui::run(
         "building cargo-deny",
         cargo_install(&tools).args(["cargo-deny", "--version", CARGO_DENY]),
     )?;
-    ensure!(runs(&program), "{} was built and does not run", program.display());
+    ensure!(
+        runs(&program),
+        "{} was built and does not run",
+        program.display()
+    );
     Ok(program)
 }
 
@@ -47,7 +54,10 @@ fn ensure_rust_src() -> Result<()> {
     if library.is_file() {
         return Ok(());
     }
-    let reason = added.err().map_or_else(|| "rustup reported success".to_owned(), |e| format!("{e:#}"));
+    let reason = added.err().map_or_else(
+        || "rustup reported success".to_owned(),
+        |e| format!("{e:#}"),
+    );
     bail!(
         "the sources of `core` are missing ({}) and rustup could not add them: {reason}\n\
          Run `rustup component add rust-src`, or on Debian install the matched pair \
@@ -72,7 +82,10 @@ fn ensure_bpf_linker() -> Result<PathBuf> {
     let _ = std::fs::remove_file(&link);
     std::os::unix::fs::symlink(&llvm, &link)
         .with_context(|| format!("linking {} to {}", link.display(), llvm.display()))?;
-    ui::line(format!("building bpf-linker {BPF_LINKER} into {} (about a minute, once)", tools.display()));
+    ui::line(format!(
+        "building bpf-linker {BPF_LINKER} into {} (about a minute, once)",
+        tools.display()
+    ));
     ui::run(
         "building bpf-linker",
         cargo_install(&tools)
@@ -84,7 +97,11 @@ fn ensure_bpf_linker() -> Result<PathBuf> {
                 format!("-C link-arg=-Wl,-rpath,{0} -L {0}", library_dir.display()),
             ),
     )?;
-    ensure!(runs(&program), "{} was built and does not run", program.display());
+    ensure!(
+        runs(&program),
+        "{} was built and does not run",
+        program.display()
+    );
     Ok(program)
 }
 
@@ -105,7 +122,8 @@ fn toolchain_llvm(library_dir: &Path) -> Result<PathBuf> {
         .with_context(|| format!("reading {}", library_dir.display()))?
         .filter_map(|entry| entry.ok().map(|e| e.path()))
         .find(|path| {
-            path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("libLLVM.so."))
+            path.file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with("libLLVM.so."))
         })
         .with_context(|| {
             format!(
@@ -120,11 +138,20 @@ fn sysroot() -> Result<PathBuf> {
         .args(["--print", "sysroot"])
         .output()
         .context("starting rustc: install the toolchain of rust-toolchain.toml with rustup")?;
-    ensure!(output.status.success(), "rustc --print sysroot ended with {}", output.status);
-    Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
+    ensure!(
+        output.status.success(),
+        "rustc --print sysroot ended with {}",
+        output.status
+    );
+    Ok(PathBuf::from(
+        String::from_utf8_lossy(&output.stdout).trim(),
+    ))
 }
 
 fn runs(program: &Path) -> bool {
     program.is_file()
-        && Command::new(program).arg("--version").output().is_ok_and(|o| o.status.success())
+        && Command::new(program)
+            .arg("--version")
+            .output()
+            .is_ok_and(|o| o.status.success())
 }

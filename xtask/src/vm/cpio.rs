@@ -29,7 +29,12 @@ impl Archive<BufWriter<File>> {
 
 impl<W: Write> Archive<W> {
     pub fn new(out: W) -> Self {
-        Archive { out, folders: BTreeSet::new(), files: BTreeSet::new(), inode: 1 }
+        Archive {
+            out,
+            folders: BTreeSet::new(),
+            files: BTreeSet::new(),
+            inode: 1,
+        }
     }
 
     /// Whether an entry with this path was added.
@@ -87,18 +92,32 @@ impl<W: Write> Archive<W> {
     }
 
     fn folders_above(&mut self, path: &str) -> Result<()> {
-        match path.rsplit_once('/') {
-            Some((above, _)) => self.folder(&above.to_owned()),
-            None => Ok(()),
-        }
+        path.rsplit_once('/')
+            .map_or(Ok(()), |(above, _)| self.folder(above))
     }
 
     fn header(&mut self, name: &str, mode: u32, size: usize) -> Result<()> {
-        ensure!(u32::try_from(size).is_ok(), "{name} is too large for a cpio archive: {size} bytes");
+        ensure!(
+            u32::try_from(size).is_ok(),
+            "{name} is too large for a cpio archive: {size} bytes"
+        );
         self.inode += 1;
         let links = if mode == FOLDER { 2 } else { 1 };
-        let fields =
-            [self.inode as usize, mode as usize, 0, 0, links, 0, size, 0, 0, 0, 0, name.len() + 1, 0];
+        let fields = [
+            self.inode as usize,
+            mode as usize,
+            0,
+            0,
+            links,
+            0,
+            size,
+            0,
+            0,
+            0,
+            0,
+            name.len() + 1,
+            0,
+        ];
         let mut header = String::from("070701");
         for field in fields {
             header.push_str(&format!("{field:08x}"));
@@ -113,7 +132,8 @@ impl<W: Write> Archive<W> {
     fn pad(&mut self, length: usize) -> Result<()> {
         let zeros = [0u8; 3];
         let missing = length.wrapping_neg() % 4;
-        self.out.write_all(zeros.get(..missing).unwrap_or_default())?;
+        self.out
+            .write_all(zeros.get(..missing).unwrap_or_default())?;
         Ok(())
     }
 }

@@ -35,12 +35,16 @@ pub fn base(kernel: &GuestKernel, programs: &[&str]) -> Result<PathBuf> {
             let _ = std::fs::remove_file(old.path());
         }
     }
-    ui::line(format!("building the guest's file system for kernel {}", kernel.release));
+    ui::line(format!(
+        "building the guest's file system for kernel {}",
+        kernel.release
+    ));
     let staged = dir.join(format!("{name}.{}", std::process::id()));
     let mut archive = Archive::create(&staged)?;
-    for folder in
-        ["proc", "sys", "dev", "tmp", "run", "root", "var/log", "var/lib", "var/tmp", "sbin", "usr/sbin"]
-    {
+    for folder in [
+        "proc", "sys", "dev", "tmp", "run", "root", "var/log", "var/lib", "var/tmp", "sbin",
+        "usr/sbin",
+    ] {
         archive.folder(folder)?;
     }
     archive.file("bin/busybox", &busybox)?;
@@ -50,9 +54,17 @@ pub fn base(kernel: &GuestKernel, programs: &[&str]) -> Result<PathBuf> {
     // Not busybox's shell: it prefers its own applets to the programs in the path.
     archive.link("bin/sh", "/usr/bin/dash")?;
     archive.link("bin/bash", "/usr/bin/bash")?;
-    archive.bytes("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n")?;
+    archive.bytes(
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
+    )?;
     archive.bytes("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n")?;
-    archive.bytes("etc/nsswitch.conf", 0o644, b"passwd: files\ngroup: files\nhosts: files\n")?;
+    archive.bytes(
+        "etc/nsswitch.conf",
+        0o644,
+        b"passwd: files\ngroup: files\nhosts: files\n",
+    )?;
     archive.bytes("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n")?;
     for path in &paths {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -63,18 +75,28 @@ pub fn base(kernel: &GuestKernel, programs: &[&str]) -> Result<PathBuf> {
             archive.file(optional, Path::new(optional))?;
         }
     }
-    modules(&mut archive, &kernel.modules_root, &kernel.modules_root.join("lib/modules"))?;
+    modules(
+        &mut archive,
+        &kernel.modules_root,
+        &kernel.modules_root.join("lib/modules"),
+    )?;
     archive.finish()?;
     std::fs::rename(&staged, &path)?;
     Ok(path)
 }
 
-/// The base archive followed by init, the command and the files of `guest`.
-pub fn complete(guest: &Guest, base: &Path, nonce: &str, path: &Path) -> Result<()> {
+/// The base archive followed by init, the command of `guest` and the given files.
+pub fn complete(
+    guest: &Guest,
+    files: &[(PathBuf, String)],
+    base: &Path,
+    nonce: &str,
+    path: &Path,
+) -> Result<()> {
     std::fs::copy(base, path).with_context(|| format!("copying {}", base.display()))?;
     let file = File::options().append(true).open(path)?;
     let mut archive = Archive::new(std::io::BufWriter::with_capacity(1 << 20, file));
-    for (source, place) in &guest.files {
+    for (source, place) in files {
         if source.is_dir() {
             folder(&mut archive, source, place)?;
         } else {
@@ -150,7 +172,9 @@ fn fingerprint(kernel: &GuestKernel, busybox: &Path, programs: &[PathBuf]) -> Re
     (env!("CARGO_PKG_VERSION"), &kernel.release).hash(&mut hasher);
     include_str!("initramfs.rs").hash(&mut hasher);
     for path in std::iter::once(busybox).chain(programs.iter().map(PathBuf::as_path)) {
-        let metadata = path.metadata().with_context(|| format!("reading {}", path.display()))?;
+        let metadata = path
+            .metadata()
+            .with_context(|| format!("reading {}", path.display()))?;
         (path, metadata.len(), metadata.modified()?).hash(&mut hasher);
     }
     Ok(hasher.finish())
@@ -185,10 +209,17 @@ fn program<W: Write>(archive: &mut Archive<W>, source: &Path, place: &str) -> Re
 
 /// Libraries by `ldd`; empty for scripts and static programs.
 fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = Command::new("ldd").arg(program).output().context("starting ldd")?;
+    let output = Command::new("ldd")
+        .arg(program)
+        .output()
+        .context("starting ldd")?;
     let text = String::from_utf8_lossy(&output.stdout);
     if let Some(line) = text.lines().find(|line| line.contains("not found")) {
-        bail!("{} needs a library that is missing: {}", program.display(), line.trim());
+        bail!(
+            "{} needs a library that is missing: {}",
+            program.display(),
+            line.trim()
+        );
     }
     Ok(text
         .split_whitespace()
@@ -203,7 +234,11 @@ fn modules<W: Write>(archive: &mut Archive<W>, root: &Path, dir: &Path) -> Resul
         if path.is_dir() {
             modules(archive, root, &path)?;
         } else {
-            let place = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned();
+            let place = path
+                .strip_prefix(root)
+                .unwrap_or(&path)
+                .to_string_lossy()
+                .into_owned();
             archive.file(&place, &path)?;
         }
     }
@@ -223,6 +258,9 @@ mod tests {
     fn the_command_is_executed_with_its_environment() {
         let mut guest = Guest::new("6.12", vec!["echo".into(), "a b".into()]);
         guest.environment.push(("X".into(), "1 2".into()));
-        assert_eq!(command_script(&guest), "cd /tmp\nexport X='1 2'\nexec 'echo' 'a b'\n");
+        assert_eq!(
+            command_script(&guest),
+            "cd /tmp\nexport X='1 2'\nexec 'echo' 'a b'\n"
+        );
     }
 }
