@@ -61,7 +61,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     if arguments.kernel.is_empty() {
         for suite in &suites {
-            run_suite(&mut tally, suite, "this host")?;
+            run_suite(&mut tally, suite)?;
         }
     }
     if !arguments.here {
@@ -80,16 +80,16 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
 /// The part that runs inside a guest; the results go to the host as JSON.
 pub fn run_as_guest(arguments: &GuestArguments) -> Result<ExitCode> {
     let suites: Vec<Suite> = serde_json::from_slice(&std::fs::read(&arguments.suites)?)?;
-    let mut entries = Vec::new();
+    let mut tally = Tally::default();
     for suite in &suites {
-        println!("{}", suite.name);
-        entries.extend(suite.run()?);
+        run_suite(&mut tally, suite)?;
     }
-    std::fs::write(vm::REPORT, serde_json::to_string(&entries)?)?;
+    let entries = tally.entries();
+    std::fs::write(vm::REPORT, serde_json::to_string(entries)?)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn run_suite(tally: &mut Tally, suite: &Suite, place: &str) -> Result<()> {
+fn run_suite(tally: &mut Tally, suite: &Suite) -> Result<()> {
     let started = Instant::now();
     let before = tally.counts();
     let progress = ui::Progress::start(&suite.name);
@@ -98,7 +98,7 @@ fn run_suite(tally: &mut Tally, suite: &Suite, place: &str) -> Result<()> {
     tally.extend(entries?);
     let after = tally.counts();
     ui::line(format!(
-        "{place}: {}: {} passed, {} failed, {} skipped ({:.1} s)",
+        "{}: {} passed, {} failed, {} skipped ({:.1} s)",
         suite.name,
         after.0 - before.0,
         after.1 - before.1,
@@ -204,9 +204,7 @@ fn in_guest(kernel: &str, suites: &[Suite], binary: &Path) -> Result<Vec<Entry>>
         guest_suites.len()
     ));
     let started = Instant::now();
-    let progress = ui::Progress::start(&format!("tests in the guest with kernel {kernel}"));
-    let ended = guest.run(|_| {});
-    progress.stop();
+    let ended = guest.run(|line| ui::line(format!("  {line}")));
     let seconds = started.elapsed().as_secs();
     let entries = ended.and_then(|ended| {
         serde_json::from_str::<Vec<Entry>>(&ended.report)

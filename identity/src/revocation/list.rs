@@ -48,6 +48,15 @@ struct Scope {
 
 impl Crl {
     pub(super) fn parse(der: &[u8]) -> Result<Self, String> {
+        let (_, list) = CertificateRevocationList::from_der(der)
+            .map_err(|_| "not a certificate revocation list".to_owned())?;
+        // openssl's default: webpki would call it malformed.
+        if list.version().is_none() {
+            return Err(
+                "it is of version 1: version 2 is needed (for openssl: set crl_extensions)"
+                    .to_owned(),
+            );
+        }
         // webpki's reading is the strict one: version 2, a nextUpdate, no delta,
         // no indirect and no by-reason list, no unknown critical extension.
         let strict = BorrowedCertRevocationList::from_der(der).map_err(unsupported)?;
@@ -59,8 +68,6 @@ impl Crl {
         let strict = strict.to_owned().map_err(unsupported)?;
         let strict = webpki::CertRevocationList::from(strict);
 
-        let (_, list) = CertificateRevocationList::from_der(der)
-            .map_err(|_| "not a certificate revocation list".to_owned())?;
         let next_update = list
             .next_update()
             .ok_or_else(|| "it has no nextUpdate".to_owned())?;

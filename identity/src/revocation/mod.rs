@@ -2,6 +2,8 @@
 
 mod list;
 #[cfg(test)]
+mod openssl_tests;
+#[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};

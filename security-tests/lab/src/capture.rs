@@ -58,7 +58,9 @@ impl Capture {
     /// it does not show proves nothing.
     pub fn stop(mut self) -> Result<Vec<Vec<u8>>> {
         self.stop.write_all(b"x")?;
-        self.thread.join().map_err(|_| anyhow!("the capture's thread panicked"))?
+        self.thread
+            .join()
+            .map_err(|_| anyhow!("the capture's thread panicked"))?
     }
 }
 
@@ -76,7 +78,9 @@ fn receive(socket: &OwnedFd, stopped: &UnixStream) -> Result<Vec<Vec<u8>>> {
         loop {
             match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_TRUNC) {
                 Ok(length) => {
-                    let frame = buffer.get(..length).context("a packet larger than the buffer")?;
+                    let frame = buffer
+                        .get(..length)
+                        .context("a packet larger than the buffer")?;
                     frames.push(frame.to_vec());
                 }
                 Err(Errno::EAGAIN) => break,
@@ -93,12 +97,18 @@ fn receive(socket: &OwnedFd, stopped: &UnixStream) -> Result<Vec<Vec<u8>>> {
 
 /// Whether any frame holds `marker`.
 pub fn frames_with(frames: &[Vec<u8>], marker: &[u8]) -> usize {
-    frames.iter().filter(|frame| contains(frame, marker)).count()
+    frames
+        .iter()
+        .filter(|frame| contains(frame, marker))
+        .count()
 }
 
 /// Whether `haystack` holds `needle`; the empty needle is in nothing.
 pub fn contains(haystack: &[u8], needle: &[u8]) -> bool {
-    !needle.is_empty() && haystack.windows(needle.len()).any(|window| window == needle)
+    !needle.is_empty()
+        && haystack
+            .windows(needle.len())
+            .any(|window| window == needle)
 }
 
 #[cfg(test)]

@@ -28,7 +28,8 @@ pub struct TlsSocket {
 impl TlsSocket {
     /// The kernel protects both directions.
     pub fn both_directions(&self) -> bool {
-        ["sw", "hw"].contains(&self.receive.as_str()) && ["sw", "hw"].contains(&self.transmit.as_str())
+        ["sw", "hw"].contains(&self.receive.as_str())
+            && ["sw", "hw"].contains(&self.transmit.as_str())
     }
 }
 
@@ -36,7 +37,16 @@ impl TlsSocket {
 pub fn tls_sockets(netns: &Netns) -> Result<Vec<TlsSocket>> {
     let output = netns
         .command("ss")?
-        .args(["--tcp", "--no-header", "--numeric", "--info", "--extended", "--oneline", "state", "connected"])
+        .args([
+            "--tcp",
+            "--no-header",
+            "--numeric",
+            "--info",
+            "--extended",
+            "--oneline",
+            "state",
+            "connected",
+        ])
         .stdin(Stdio::null())
         .output()
         .context("starting ss: install iproute2")?;
@@ -46,7 +56,10 @@ pub fn tls_sockets(netns: &Netns) -> Result<Vec<TlsSocket>> {
         output.status,
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    Ok(String::from_utf8_lossy(&output.stdout).lines().filter_map(parse).collect())
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(parse)
+        .collect())
 }
 
 /// A line of `ss -tieO`; `None` when it is not about TLS.
@@ -108,7 +121,10 @@ mod tests {
         let socket = parse(line).unwrap();
         assert!(socket.both_directions());
         assert_eq!(socket.remote, "10.77.2.10:15008");
-        assert_eq!((socket.version.as_str(), socket.cipher.as_str()), ("1.3", "aes-gcm-128"));
+        assert_eq!(
+            (socket.version.as_str(), socket.cipher.as_str()),
+            ("1.3", "aes-gcm-128")
+        );
     }
 
     #[test]
@@ -119,6 +135,9 @@ mod tests {
 
     #[test]
     fn a_plain_socket_is_not_tls() {
-        assert_eq!(parse("ESTAB 0 0 10.77.1.10:48062 10.77.2.10:8080 ino:1 cubic"), None);
+        assert_eq!(
+            parse("ESTAB 0 0 10.77.1.10:48062 10.77.2.10:8080 ino:1 cubic"),
+            None
+        );
     }
 }

@@ -14,9 +14,9 @@ use serde::{Deserialize, Serialize};
 use crate::mesh::Mesh;
 use crate::netns::Netns;
 use crate::process::{Ended, end, spawn_daemon, tail, wait_until};
+use crate::programs;
 use crate::status::Status;
 use crate::topology::{NAMESPACE, Node, Pod, PodSpec, Role, Topology};
-use crate::programs;
 
 /// Which lab: several can be up at once, each with names of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,12 +30,18 @@ pub struct LabId {
 impl LabId {
     /// The lab of `cargo xtask lab`.
     pub fn hands_on() -> Self {
-        LabId { folder: "ringfence-lab".into(), prefix: "rf-".into() }
+        LabId {
+            folder: "ringfence-lab".into(),
+            prefix: "rf-".into(),
+        }
     }
 
     /// A lab for one run of `purpose`, beside the hands-on one. At most six letters.
     pub fn for_run_of(purpose: &str) -> Self {
-        LabId { folder: format!("ringfence-lab-{purpose}"), prefix: format!("rf{purpose}-") }
+        LabId {
+            folder: format!("ringfence-lab-{purpose}"),
+            prefix: format!("rf{purpose}-"),
+        }
     }
 
     pub fn dir(&self) -> PathBuf {
@@ -115,13 +121,18 @@ impl Lab {
     /// Brings a lab up and returns when every agent is ready. What an earlier, crashed lab
     /// of the same name left is removed first; a lab that is up is an error.
     pub fn up(config: &LabConfig) -> Result<Self> {
-        ensure!(nix::unistd::geteuid().is_root(), "the lab makes network namespaces: run it as root");
+        ensure!(
+            nix::unistd::geteuid().is_root(),
+            "the lab makes network namespaces: run it as root"
+        );
         let id = &config.id;
         let _lock = lock(id)?;
         if let Ok(lab) = Self::open(id)
             && lab.is_running()
         {
-            bail!("this lab is up already: `cargo xtask lab status`, or `cargo xtask lab down` first");
+            bail!(
+                "this lab is up already: `cargo xtask lab status`, or `cargo xtask lab down` first"
+            );
         }
         remove(id)?;
         match Self::build(config) {
@@ -139,9 +150,16 @@ impl Lab {
         let path = id.dir().join("lab.json");
         let text = std::fs::read_to_string(&path)
             .with_context(|| format!("no lab is up ({}): `cargo xtask lab up`", path.display()))?;
-        let record = serde_json::from_str(&text)
-            .with_context(|| format!("{} is not of this version: `cargo xtask lab down`", path.display()))?;
-        Ok(Lab { record, children: Vec::new() })
+        let record = serde_json::from_str(&text).with_context(|| {
+            format!(
+                "{} is not of this version: `cargo xtask lab down`",
+                path.display()
+            )
+        })?;
+        Ok(Lab {
+            record,
+            children: Vec::new(),
+        })
     }
 
     fn build(config: &LabConfig) -> Result<Self> {
@@ -231,8 +249,14 @@ impl Lab {
 
     /// Process id of `control-plane` or of a node's agent.
     pub fn process(&self, name: &str) -> Result<i32> {
-        let found = self.record.processes.iter().find(|(known, _)| known == name);
-        found.map(|(_, pid)| *pid).with_context(|| format!("{name} is not running"))
+        let found = self
+            .record
+            .processes
+            .iter()
+            .find(|(known, _)| known == name);
+        found
+            .map(|(_, pid)| *pid)
+            .with_context(|| format!("{name} is not running"))
     }
 
     pub fn mesh(&self) -> Result<&Mesh> {
@@ -249,16 +273,20 @@ impl Lab {
         self.record.mesh = Some(mesh);
         self.save()?;
         for node in &self.topology().nodes {
-            wait_until(&format!("{} to have the changed mesh", node.name), Duration::from_secs(30), || {
-                let status = self.status(&node.name)?;
-                ensure!(
-                    status.policies.iter().any(|policy| policy.name == marker),
-                    "it has {:?}, without {marker}; control plane log:\n{}",
-                    status.policies,
-                    tail(&self.log(CONTROL_PLANE), 5)
-                );
-                Ok(())
-            })?;
+            wait_until(
+                &format!("{} to have the changed mesh", node.name),
+                Duration::from_secs(30),
+                || {
+                    let status = self.status(&node.name)?;
+                    ensure!(
+                        status.policies.iter().any(|policy| policy.name == marker),
+                        "it has {:?}, without {marker}; control plane log:\n{}",
+                        status.policies,
+                        tail(&self.log(CONTROL_PLANE), 5)
+                    );
+                    Ok(())
+                },
+            )?;
         }
         Ok(())
     }
@@ -267,7 +295,9 @@ impl Lab {
     pub fn start_control_plane(&mut self, patience: Duration) -> Result<()> {
         let node = self.control_plane_node()?.clone();
         let mut command = node.netns().command(self.binary()?)?;
-        command.args(["--log", &self.record.log, "control-plane", "--config"]).arg(self.mesh_file());
+        command
+            .args(["--log", &self.record.log, "control-plane", "--config"])
+            .arg(self.mesh_file());
         self.start(CONTROL_PLANE, command)?;
         let root = self.root_certificate();
         wait_until("the control plane's root certificate", patience, || {
@@ -281,7 +311,9 @@ impl Lab {
     pub fn start_agent(&mut self, node: &str) -> Result<()> {
         let netns = self.node(node)?.netns();
         let mut command = netns.command(self.binary()?)?;
-        command.args(["--log", &self.record.log, "agent", "--config"]).arg(self.agent_config(node));
+        command
+            .args(["--log", &self.record.log, "agent", "--config"])
+            .arg(self.agent_config(node));
         self.start(node, command)
     }
 
@@ -316,7 +348,11 @@ impl Lab {
     /// Whether the control plane and every agent run.
     pub fn is_running(&self) -> bool {
         !self.record.processes.is_empty()
-            && self.record.processes.iter().all(|(name, _)| self.ensure_alive(name).is_ok())
+            && self
+                .record
+                .processes
+                .iter()
+                .all(|(name, _)| self.ensure_alive(name).is_ok())
     }
 
     /// Where the CA puts its root certificate.
@@ -330,7 +366,10 @@ impl Lab {
     }
 
     fn binary(&self) -> Result<&Path> {
-        self.record.binary.as_deref().context("this lab has no mesh")
+        self.record
+            .binary
+            .as_deref()
+            .context("this lab has no mesh")
     }
 
     fn control_plane_node(&self) -> Result<&Node> {
@@ -350,12 +389,18 @@ impl Lab {
         let pid = self.process(name)?;
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         // An ended process has no command line; a stranger with the number has another.
-        let ours = command.split(|byte| *byte == 0).next() == Some(self.binary()?.as_os_str().as_encoded_bytes());
+        let ours = command.split(|byte| *byte == 0).next()
+            == Some(self.binary()?.as_os_str().as_encoded_bytes());
         if ours {
             return Ok(());
         }
         let log = self.log(name);
-        Err(Ended(format!("{name} has ended; the end of {}:\n{}", log.display(), tail(&log, 20))).into())
+        Err(Ended(format!(
+            "{name} has ended; the end of {}:\n{}",
+            log.display(),
+            tail(&log, 20)
+        ))
+        .into())
     }
 
     fn write_mesh_files(&mut self) -> Result<()> {
@@ -389,7 +434,11 @@ impl Lab {
                 ));
             }
         }
-        let pods = if pods.is_empty() { "pods: []\n".to_owned() } else { format!("pods:\n{pods}") };
+        let pods = if pods.is_empty() {
+            "pods: []\n".to_owned()
+        } else {
+            format!("pods:\n{pods}")
+        };
         Ok(format!(
             "node: {{name: {name}, address: {address}}}
 control_plane:
@@ -426,8 +475,10 @@ pub fn down(id: &LabId) -> Result<()> {
 
 /// The lab's own namespaces, by what its record says or, without one, by name.
 fn remove(id: &LabId) -> Result<()> {
-    let namespaces: Vec<Netns> =
-        Netns::names_with_prefix(&id.prefix).iter().map(|name| Netns::named(name)).collect();
+    let namespaces: Vec<Netns> = Netns::names_with_prefix(&id.prefix)
+        .iter()
+        .map(|name| Netns::named(name))
+        .collect();
     let processes: Vec<i32> = namespaces.iter().flat_map(Netns::processes).collect();
     end(&processes, Duration::from_secs(5))?;
     for netns in &namespaces {
@@ -446,7 +497,8 @@ fn remove(id: &LabId) -> Result<()> {
 /// One command at a time works on a lab.
 fn lock(id: &LabId) -> Result<Flock<File>> {
     let path = Path::new("/run").join(format!("{}.lock", id.folder));
-    let file = File::create(&path).with_context(|| format!("creating {}: are you root?", path.display()))?;
+    let file = File::create(&path)
+        .with_context(|| format!("creating {}: are you root?", path.display()))?;
     Flock::lock(file, FlockArg::LockExclusive)
         .map_err(|(_, error)| error)
         .with_context(|| format!("locking {}", path.display()))
@@ -461,6 +513,12 @@ fn random_token() -> Result<String> {
 fn write_secret(path: &Path, text: &str) -> Result<()> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
-    let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(path)?;
-    file.write_all(text.as_bytes()).with_context(|| format!("writing {}", path.display()))
+    let mut file = File::options()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(text.as_bytes())
+        .with_context(|| format!("writing {}", path.display()))
 }

@@ -131,7 +131,10 @@ impl Mesh {
             workloads: workloads(topology),
             services,
             policies: vec![Policy::clients_may_use_web()],
-            peer_authentication: vec![PeerAuthentication { app: None, mode: "STRICT".into() }],
+            peer_authentication: vec![PeerAuthentication {
+                app: None,
+                mode: "STRICT".into(),
+            }],
             revision: 0,
         }
     }
@@ -163,7 +166,11 @@ impl Mesh {
         writeln!(out, "trust_domain: {}", quoted(TRUST_DOMAIN))?;
         writeln!(out, "root_namespace: {}", quoted(ROOT_NAMESPACE))?;
         writeln!(out, "listen: [{}]", quoted(&self.listen))?;
-        writeln!(out, "state_dir: {}", quoted(&self.state_dir.to_string_lossy()))?;
+        writeln!(
+            out,
+            "state_dir: {}",
+            quoted(&self.state_dir.to_string_lossy())
+        )?;
         writeln!(out, "svid_ttl: {}", quoted(&self.svid_ttl))?;
         writeln!(out, "nodes:")?;
         for (name, token) in &self.nodes {
@@ -184,7 +191,11 @@ impl Mesh {
         for policy in policies {
             policy.write_yaml(out)?;
         }
-        writeln!(out, "peer_authentication:{}", empty(&self.peer_authentication))?;
+        writeln!(
+            out,
+            "peer_authentication:{}",
+            empty(&self.peer_authentication)
+        )?;
         for entry in &self.peer_authentication {
             let mut fields = format!("namespace: {}", quoted(NAMESPACE));
             if let Some(app) = &entry.app {
@@ -202,7 +213,10 @@ impl Mesh {
             namespace: REVISION_NAMESPACE.into(),
             app: None,
             action: Action::Allow,
-            rules: vec![Rule { ports: vec![1], ..Rule::default() }],
+            rules: vec![Rule {
+                ports: vec![1],
+                ..Rule::default()
+            }],
         })
     }
 }
@@ -215,7 +229,10 @@ fn workloads(topology: &Topology) -> Vec<Workload> {
         .map(|pod| Workload {
             name: pod.name().to_owned(),
             service_account: pod.name().to_owned(),
-            node: topology.node_of(pod).map(|node| node.name.clone()).unwrap_or_default(),
+            node: topology
+                .node_of(pod)
+                .map(|node| node.name.clone())
+                .unwrap_or_default(),
             addresses: vec![pod.addresses.0.into(), pod.addresses.1.into()],
             mesh: pod.spec.role == Role::Mesh,
             labels: [("app".to_owned(), pod.spec.app.clone())].into(),
@@ -283,11 +300,18 @@ impl Rule {
 
 impl Workload {
     fn write_yaml(&self, out: &mut String) -> std::fmt::Result {
-        let labels: Vec<String> =
-            self.labels.iter().map(|(key, value)| format!("{key}: {}", quoted(value))).collect();
+        let labels: Vec<String> = self
+            .labels
+            .iter()
+            .map(|(key, value)| format!("{key}: {}", quoted(value)))
+            .collect();
         writeln!(out, "  - name: {}", quoted(&self.name))?;
         writeln!(out, "    namespace: {}", quoted(NAMESPACE))?;
-        writeln!(out, "    service_account: {}", quoted(&self.service_account))?;
+        writeln!(
+            out,
+            "    service_account: {}",
+            quoted(&self.service_account)
+        )?;
         writeln!(out, "    node: {}", quoted(&self.node))?;
         writeln!(out, "    addresses: {}", list(&self.addresses))?;
         writeln!(out, "    mesh: {}", self.mesh)?;
@@ -315,7 +339,10 @@ fn empty<T>(list: &[T]) -> &'static str {
 }
 
 fn list<T: ToString>(values: &[T]) -> String {
-    let values: Vec<String> = values.iter().map(|value| quoted(&value.to_string())).collect();
+    let values: Vec<String> = values
+        .iter()
+        .map(|value| quoted(&value.to_string()))
+        .collect();
     format!("[{}]", values.join(", "))
 }
 
@@ -338,15 +365,31 @@ mod tests {
     #[test]
     fn outsiders_are_unknown_to_the_control_plane() {
         let mesh = mesh();
-        assert!(mesh.workloads.iter().any(|workload| workload.name == "legacy" && !workload.mesh));
-        assert!(!mesh.workloads.iter().any(|workload| workload.name.starts_with("outside")));
+        assert!(
+            mesh.workloads
+                .iter()
+                .any(|workload| workload.name == "legacy" && !workload.mesh)
+        );
+        assert!(
+            !mesh
+                .workloads
+                .iter()
+                .any(|workload| workload.name.starts_with("outside"))
+        );
     }
 
     #[test]
     fn a_rule_without_conditions_is_an_empty_map() {
         let mut mesh = mesh();
-        mesh.policies = vec![Policy { rules: vec![Rule::default()], ..Policy::clients_may_use_web() }];
-        assert!(mesh.to_yaml().contains("rules:\n      - {}\n"), "{}", mesh.to_yaml());
+        mesh.policies = vec![Policy {
+            rules: vec![Rule::default()],
+            ..Policy::clients_may_use_web()
+        }];
+        assert!(
+            mesh.to_yaml().contains("rules:\n      - {}\n"),
+            "{}",
+            mesh.to_yaml()
+        );
     }
 
     #[test]

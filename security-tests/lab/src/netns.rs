@@ -37,12 +37,16 @@ impl Netns {
 
     /// The namespace with that name, whether or not it exists.
     pub fn named(name: &str) -> Self {
-        Netns { name: name.to_owned() }
+        Netns {
+            name: name.to_owned(),
+        }
     }
 
     /// Names of all namespaces that begin with `prefix`.
     pub fn names_with_prefix(prefix: &str) -> Vec<String> {
-        let Ok(entries) = std::fs::read_dir(FOLDER) else { return Vec::new() };
+        let Ok(entries) = std::fs::read_dir(FOLDER) else {
+            return Vec::new();
+        };
         let mut names: Vec<String> = entries
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
             .filter(|name| name.starts_with(prefix))
@@ -87,7 +91,10 @@ impl Netns {
 
     /// Runs `ip` sub-commands in one batch.
     pub fn ip(&self, lines: &[String]) -> Result<()> {
-        ip(&["-n", &self.name, "-batch", "-"], &(lines.join("\n") + "\n"))
+        ip(
+            &["-n", &self.name, "-batch", "-"],
+            &(lines.join("\n") + "\n"),
+        )
     }
 
     /// Writes a setting below `/proc/sys`; `key` has slashes.
@@ -106,8 +113,12 @@ impl Netns {
 
     /// Processes of this namespace.
     pub fn processes(&self) -> Vec<i32> {
-        let Ok(own) = std::fs::metadata(self.path()) else { return Vec::new() };
-        let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+        let Ok(own) = std::fs::metadata(self.path()) else {
+            return Vec::new();
+        };
+        let Ok(entries) = std::fs::read_dir("/proc") else {
+            return Vec::new();
+        };
         entries
             .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
             .filter(|pid| {
@@ -119,7 +130,10 @@ impl Netns {
 
     fn file(&self) -> Result<File> {
         File::open(self.path()).with_context(|| {
-            format!("there is no network namespace {}: is the lab up?", self.path().display())
+            format!(
+                "there is no network namespace {}: is the lab up?",
+                self.path().display()
+            )
         })
     }
 }
@@ -140,11 +154,18 @@ fn ip(arguments: &[&str], input: &str) -> Result<()> {
     if output.status.success() {
         return Ok(());
     }
-    ensure!(nix::unistd::geteuid().is_root(), "network namespaces need root");
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "network namespaces need root"
+    );
     bail!(
         "`ip {}` failed: {}{}",
         arguments.join(" "),
         String::from_utf8_lossy(&output.stderr).trim(),
-        if input.is_empty() { String::new() } else { format!("\n  input was:\n{input}") }
+        if input.is_empty() {
+            String::new()
+        } else {
+            format!("\n  input was:\n{input}")
+        }
     )
 }

@@ -74,9 +74,11 @@ fn attempt(address: SocketAddr, request: &[u8], patience: Duration) -> Outcome {
         });
     match (read, names) {
         (Ok(answer), _) if answer.is_empty() => Outcome::Closed(None),
-        (Ok(answer), (Ok(peer), Ok(local))) => {
-            Outcome::Answered(Answered { peer, local, answer })
-        }
+        (Ok(answer), (Ok(peer), Ok(local))) => Outcome::Answered(Answered {
+            peer,
+            local,
+            answer,
+        }),
         (Ok(_), _) => Outcome::Closed(Some(ErrorKind::NotConnected)),
         (Err(error), _) => match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => Outcome::Silent,
@@ -122,7 +124,12 @@ impl Acceptor {
                 }
             }
         });
-        Ok(Acceptor { accepted, seen: Vec::new(), stop, thread: Some(thread) })
+        Ok(Acceptor {
+            accepted,
+            seen: Vec::new(),
+            stop,
+            thread: Some(thread),
+        })
     }
 
     /// Peers of all connections accepted so far.

@@ -43,12 +43,21 @@ pub fn iperf3_log(dir: &Path) -> PathBuf {
 
 fn start_nginx(pod: &Pod, dir: &Path, blob_bytes: u64) -> Result<Child> {
     let www = dir.join("www");
-    std::fs::write(www.join("index.html"), format!("This is {} of the Ringfence lab.\n", pod.name()))?;
+    std::fs::write(
+        www.join("index.html"),
+        format!("This is {} of the Ringfence lab.\n", pod.name()),
+    )?;
     random_file(&www.join("blob"), blob_bytes)?;
     let config = dir.join("nginx.conf");
     std::fs::write(&config, nginx_config(dir))?;
     let mut command = pod.netns().command("nginx")?;
-    command.arg("-e").arg(dir.join("nginx-error.log")).arg("-p").arg(dir).arg("-c").arg(&config);
+    command
+        .arg("-e")
+        .arg(dir.join("nginx-error.log"))
+        .arg("-p")
+        .arg(dir)
+        .arg("-c")
+        .arg(&config);
     let log = dir.join("nginx.log");
     let child = spawn_daemon(command, &log)?;
     listening(pod, 8080, &log)?;
@@ -80,8 +89,18 @@ http {{
 
 fn start_redis(pod: &Pod, dir: &Path) -> Result<Child> {
     let mut command = pod.netns().command("redis-server")?;
-    command.args(["--bind", "0.0.0.0", "::", "--port", "6379", "--protected-mode", "no"]);
-    command.args(["--save", "", "--loglevel", "verbose", "--dir"]).arg(dir);
+    command.args([
+        "--bind",
+        "0.0.0.0",
+        "::",
+        "--port",
+        "6379",
+        "--protected-mode",
+        "no",
+    ]);
+    command
+        .args(["--save", "", "--loglevel", "verbose", "--dir"])
+        .arg(dir);
     let child = spawn_daemon(command, &redis_log(dir))?;
     listening(pod, 6379, &redis_log(dir))?;
     Ok(child)
@@ -99,16 +118,27 @@ fn start_iperf3(pod: &Pod, dir: &Path) -> Result<Child> {
 /// connecting keeps the programs' logs free of connections that nobody made.
 fn listening(pod: &Pod, port: u16, log: &Path) -> Result<()> {
     let wanted = format!(":{port:04X} ");
-    wait_until(&format!("port {port} of {}", pod.name()), Duration::from_secs(30), || {
-        for table in ["tcp", "tcp6"] {
-            let text = pod.netns().proc_net(table)?;
-            // State 0A is LISTEN.
-            if text.lines().any(|line| line.contains(&wanted) && line.contains(" 0A ")) {
-                return Ok(());
+    wait_until(
+        &format!("port {port} of {}", pod.name()),
+        Duration::from_secs(30),
+        || {
+            for table in ["tcp", "tcp6"] {
+                let text = pod.netns().proc_net(table)?;
+                // State 0A is LISTEN.
+                if text
+                    .lines()
+                    .any(|line| line.contains(&wanted) && line.contains(" 0A "))
+                {
+                    return Ok(());
+                }
             }
-        }
-        anyhow::bail!("nothing listens; the end of {}:\n{}", log.display(), tail(log, 10))
-    })
+            anyhow::bail!(
+                "nothing listens; the end of {}:\n{}",
+                log.display(),
+                tail(log, 10)
+            )
+        },
+    )
 }
 
 fn random_file(path: &Path, bytes: u64) -> Result<()> {
@@ -127,6 +157,8 @@ pub fn http_get(address: SocketAddr, path: &str, patience: Duration) -> Result<S
     write!(stream, "GET {path} HTTP/1.0\r\nHost: lab\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    let (_, body) = answer.split_once("\r\n\r\n").context("an answer without a body")?;
+    let (_, body) = answer
+        .split_once("\r\n\r\n")
+        .context("an answer without a body")?;
     Ok(body.to_owned())
 }

@@ -46,7 +46,33 @@ pub fn pidfd(pid: i32) -> io::Result<OwnedFd> {
     unsafe {
         let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
         let fd = i32::try_from(fd).map_err(|_| io::Error::other("descriptor out of range"))?;
-        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
+        if fd < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(OwnedFd::from_raw_fd(fd))
+        }
+    }
+}
+
+/// SIGKILL to the process behind the descriptor, and to no other that has its number by now.
+pub fn kill_by_pidfd(pidfd: &OwnedFd) -> io::Result<()> {
+    let info: *const libc::siginfo_t = std::ptr::null();
+    // SAFETY: the call takes integers and a pointer that may be null.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            libc::SIGKILL,
+            info,
+            0,
+        )
+    };
+    let error = io::Error::last_os_error();
+    // Already gone is what was wanted.
+    if sent == 0 || error.raw_os_error() == Some(libc::ESRCH) {
+        Ok(())
+    } else {
+        Err(error)
     }
 }
 
@@ -66,7 +92,11 @@ pub fn bind_packet_socket(socket: &OwnedFd, interface: u32) -> io::Result<()> {
             size_of::<libc::sockaddr_ll>() as libc::socklen_t,
         )
     };
-    if bound == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if bound == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Packets that a packet socket had no room for since the last call (`PACKET_STATISTICS`).
@@ -83,6 +113,10 @@ pub fn packets_dropped(socket: &OwnedFd) -> io::Result<u32> {
             std::ptr::from_mut(&mut stats).cast(),
             &mut length,
         );
-        if done == 0 { Ok(stats.tp_drops) } else { Err(io::Error::last_os_error()) }
+        if done == 0 {
+            Ok(stats.tp_drops)
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 }

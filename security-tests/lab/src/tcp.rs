@@ -12,7 +12,10 @@ pub struct Direction {
 
 impl Direction {
     pub fn reverse(self) -> Self {
-        Direction { from: self.to, to: self.from }
+        Direction {
+            from: self.to,
+            to: self.from,
+        }
     }
 }
 
@@ -28,9 +31,15 @@ pub struct Stream {
 pub fn streams(frames: &[Vec<u8>]) -> BTreeMap<Direction, Stream> {
     let mut assembled: BTreeMap<Direction, Assembly> = BTreeMap::new();
     for segment in frames.iter().filter_map(|frame| parse(frame)) {
-        assembled.entry(segment.direction).or_default().add(&segment);
+        assembled
+            .entry(segment.direction)
+            .or_default()
+            .add(&segment);
     }
-    assembled.into_iter().map(|(direction, assembly)| (direction, assembly.finish())).collect()
+    assembled
+        .into_iter()
+        .map(|(direction, assembly)| (direction, assembly.finish()))
+        .collect()
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -71,13 +80,18 @@ impl Assembly {
     }
 
     fn finish(self) -> Stream {
-        let mut stream = Stream { bytes: Vec::new(), unplaced: self.unplaced };
+        let mut stream = Stream {
+            bytes: Vec::new(),
+            unplaced: self.unplaced,
+        };
         for (offset, piece) in self.pieces {
             let Some(known) = stream.bytes.len().checked_sub(offset as usize) else {
                 stream.unplaced += piece.len();
                 continue;
             };
-            stream.bytes.extend_from_slice(piece.get(known..).unwrap_or_default());
+            stream
+                .bytes
+                .extend_from_slice(piece.get(known..).unwrap_or_default());
         }
         stream
     }
@@ -103,7 +117,11 @@ fn parse(frame: &[u8]) -> Option<Segment<'_>> {
             let destination: [u8; 4] = packet.get(16..20)?.try_into().ok()?;
             // 0 is a packet of 64 KiB or more; the frame then ends where it does.
             let end = if total == 0 { packet.len() } else { total };
-            (Ipv4Addr::from(source).into(), Ipv4Addr::from(destination).into(), packet.get(header..end)?)
+            (
+                Ipv4Addr::from(source).into(),
+                Ipv4Addr::from(destination).into(),
+                packet.get(header..end)?,
+            )
         }
         ETHERTYPE_IPV6 => {
             let length = usize::from(word(packet, 4)?);
@@ -112,8 +130,16 @@ fn parse(frame: &[u8]) -> Option<Segment<'_>> {
             }
             let source: [u8; 16] = packet.get(8..24)?.try_into().ok()?;
             let destination: [u8; 16] = packet.get(24..40)?.try_into().ok()?;
-            let end = if length == 0 { packet.len() } else { 40 + length };
-            (Ipv6Addr::from(source).into(), Ipv6Addr::from(destination).into(), packet.get(40..end)?)
+            let end = if length == 0 {
+                packet.len()
+            } else {
+                40 + length
+            };
+            (
+                Ipv6Addr::from(source).into(),
+                Ipv6Addr::from(destination).into(),
+                packet.get(40..end)?,
+            )
         }
         _ => return None,
     };
@@ -168,19 +194,41 @@ pub(crate) mod tests {
             frame(u32::MAX, 0, b"hel"),
             frame(u32::MAX, 0, b"hel"),
         ]);
-        assert_eq!(stream, Stream { bytes: b"hello".to_vec(), unplaced: 0 });
+        assert_eq!(
+            stream,
+            Stream {
+                bytes: b"hello".to_vec(),
+                unplaced: 0
+            }
+        );
     }
 
     #[test]
     fn bytes_behind_a_gap_are_counted_and_not_joined() {
-        let stream = only_stream(&[frame(0, FLAG_SYN, b""), frame(1, 0, b"a"), frame(9, 0, b"zz")]);
-        assert_eq!(stream, Stream { bytes: b"a".to_vec(), unplaced: 2 });
+        let stream = only_stream(&[
+            frame(0, FLAG_SYN, b""),
+            frame(1, 0, b"a"),
+            frame(9, 0, b"zz"),
+        ]);
+        assert_eq!(
+            stream,
+            Stream {
+                bytes: b"a".to_vec(),
+                unplaced: 2
+            }
+        );
     }
 
     #[test]
     fn a_connection_without_its_syn_has_no_stream() {
         let stream = only_stream(&[frame(5, 0, b"abc")]);
-        assert_eq!(stream, Stream { bytes: Vec::new(), unplaced: 3 });
+        assert_eq!(
+            stream,
+            Stream {
+                bytes: Vec::new(),
+                unplaced: 3
+            }
+        );
     }
 
     #[test]

@@ -71,7 +71,9 @@ impl Records {
                     Some(format!("byte {offset} begins no TLS record: {header:02x?}"));
                 return records;
             }
-            let Some((body, next)) = after.split_at_checked(length) else { break };
+            let Some((body, next)) = after.split_at_checked(length) else {
+                break;
+            };
             *records.by_type.entry(kind).or_default() += 1;
             if kind == APPLICATION_DATA {
                 records.protected_bytes += length;
@@ -103,7 +105,10 @@ fn server_hello(body: &[u8]) -> Option<ServerHello> {
     reader.take(session_id.into())?;
     let cipher_suite = reader.word()?;
     reader.take(1)?;
-    let mut hello = ServerHello { version: 0x0303, cipher_suite };
+    let mut hello = ServerHello {
+        version: 0x0303,
+        cipher_suite,
+    };
     let length = reader.word()?;
     let mut extensions = Reader(reader.take(length.into())?);
     while let (Some(kind), Some(length)) = (extensions.word(), extensions.word()) {

@@ -10,11 +10,15 @@ use crate::netns::Netns;
 /// Namespace of every pod of the lab.
 pub const NAMESPACE: &str = "demo";
 /// Virtual addresses of the service `web`.
-pub const WEB_VIP: (Ipv4Addr, Ipv6Addr) =
-    (Ipv4Addr::new(10, 96, 0, 10), Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x10));
+pub const WEB_VIP: (Ipv4Addr, Ipv6Addr) = (
+    Ipv4Addr::new(10, 96, 0, 10),
+    Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x10),
+);
 /// Virtual addresses of the service `legacy`, whose backend is outside the mesh.
-pub const LEGACY_VIP: (Ipv4Addr, Ipv6Addr) =
-    (Ipv4Addr::new(10, 96, 0, 20), Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x20));
+pub const LEGACY_VIP: (Ipv4Addr, Ipv6Addr) = (
+    Ipv4Addr::new(10, 96, 0, 20),
+    Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0x20),
+);
 
 /// What a pod is to the mesh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,8 +149,10 @@ impl PodSpec {
     /// Parses `name[@node],…`; a node is a letter or a full name. The names `web…`,
     /// `legacy…` and `outside…` have their roles, every other name is a client.
     pub fn parse_list(text: &str, nodes: usize) -> Result<Vec<PodSpec>> {
-        let pods: Vec<PodSpec> =
-            text.split(',').map(|item| Self::parse(item.trim(), nodes)).collect::<Result<_>>()?;
+        let pods: Vec<PodSpec> = text
+            .split(',')
+            .map(|item| Self::parse(item.trim(), nodes))
+            .collect::<Result<_>>()?;
         for (index, pod) in pods.iter().enumerate() {
             ensure!(
                 !pods.iter().take(index).any(|other| other.name == pod.name),
@@ -162,7 +168,9 @@ impl PodSpec {
         ensure!(
             !name.is_empty()
                 && name.len() <= 10
-                && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'),
+                && name
+                    .chars()
+                    .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'),
             "`{name}` cannot be a pod's name: one to ten of a-z, 0-9 and `-`"
         );
         let serves = name.starts_with("web") || name.starts_with("legacy");
@@ -172,7 +180,9 @@ impl PodSpec {
                 .iter()
                 .take(nodes)
                 .position(|known| *known == letter)
-                .with_context(|| format!("`{item}`: there is no node {letter} among {nodes} nodes"))?,
+                .with_context(|| {
+                    format!("`{item}`: there is no node {letter} among {nodes} nodes")
+                })?,
         };
         Ok(Self::of_name(name, node))
     }
@@ -189,7 +199,11 @@ impl PodSpec {
             node,
             role,
             serves: web || role == Role::Legacy,
-            app: if web { "web".to_owned() } else { name.to_owned() },
+            app: if web {
+                "web".to_owned()
+            } else {
+                name.to_owned()
+            },
         }
     }
 }
@@ -197,7 +211,10 @@ impl PodSpec {
 impl Topology {
     /// Gives each node and pod its addresses. `prefix` begins every namespace's name.
     pub fn new(prefix: &str, nodes: usize, pods: Vec<PodSpec>) -> Result<Self> {
-        ensure!((2..=4).contains(&nodes), "a lab has 2 to 4 nodes, not {nodes}");
+        ensure!(
+            (2..=4).contains(&nodes),
+            "a lab has 2 to 4 nodes, not {nodes}"
+        );
         let made = ["a", "b", "c", "d"]
             .iter()
             .take(nodes)
@@ -229,14 +246,20 @@ impl Topology {
                 spec,
             });
         }
-        Ok(Topology { nodes: made, pods: placed })
+        Ok(Topology {
+            nodes: made,
+            pods: placed,
+        })
     }
 
     pub fn pod(&self, name: &str) -> Result<&Pod> {
-        self.pods.iter().find(|pod| pod.name() == name).with_context(|| {
-            let names: Vec<&str> = self.pods.iter().map(Pod::name).collect();
-            format!("there is no pod {name}: the lab has {}", names.join(", "))
-        })
+        self.pods
+            .iter()
+            .find(|pod| pod.name() == name)
+            .with_context(|| {
+                let names: Vec<&str> = self.pods.iter().map(Pod::name).collect();
+                format!("there is no pod {name}: the lab has {}", names.join(", "))
+            })
     }
 
     pub fn node(&self, name: &str) -> Result<&Node> {
@@ -247,7 +270,9 @@ impl Topology {
     }
 
     pub fn node_of(&self, pod: &Pod) -> Result<&Node> {
-        self.nodes.get(pod.spec.node).with_context(|| format!("pod {} has no node", pod.name()))
+        self.nodes
+            .get(pod.spec.node)
+            .with_context(|| format!("pod {} has no node", pod.name()))
     }
 
     /// Makes the namespaces, the links and the routes.
@@ -279,7 +304,12 @@ impl Topology {
         )])?;
         for (node, other) in [(one, two), (two, one)] {
             let wire = self.wire(other);
-            let index = self.nodes.iter().position(|n| n == other).unwrap_or_default() + 1;
+            let index = self
+                .nodes
+                .iter()
+                .position(|n| n == other)
+                .unwrap_or_default()
+                + 1;
             let (own4, own6) = node.addresses;
             let (far4, far6) = other.addresses;
             node.netns().ip(&[
@@ -300,7 +330,10 @@ impl Topology {
         let (pod4, pod6) = pod.addresses;
         let (node4, _) = node.addresses;
         node.netns().ip(&[
-            format!("link add {host_end} type veth peer name eth0 netns {}", pod.netns_name),
+            format!(
+                "link add {host_end} type veth peer name eth0 netns {}",
+                pod.netns_name
+            ),
             format!("link set {host_end} up"),
             // One gateway address for all pods; the IPv4 one is the node's own.
             format!("address add fe80::1/64 dev {host_end} nodad"),

@@ -50,7 +50,11 @@ impl Tally {
         }
     }
 
-    /// Adds an entry without a word, for a count.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// Adds entries without a word, for a count.
     pub fn of(entries: &[Entry]) -> Self {
         Tally {
             entries: entries.to_vec(),

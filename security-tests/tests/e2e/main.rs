@@ -1,0 +1,46 @@
+//! End-to-end and attack tests on one lab: two nodes, the control plane, an agent on each
+//! node, unmodified programs in pods. Records are protected by whatever the kernel offers.
+//!
+//! `cargo test -p ringfence-security-tests` runs all of it as root; words on the command line
+//! select cases by name. `RINGFENCE_BIN` names the program under test; without it,
+//! `target/release/ringfence` is.
+
+mod certificates;
+mod configuration;
+mod evasions;
+mod handshakes;
+mod impostor;
+mod lifecycle;
+mod policy;
+mod routing;
+mod streams;
+mod traffic;
+mod tunnels;
+mod wire;
+
+use std::process::ExitCode;
+
+use ringfence_security_tests::harness::{self, Arguments};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse(std::env::args().skip(1));
+    let cases: Vec<_> = [
+        traffic::cases(),
+        wire::cases(),
+        streams::cases(),
+        routing::cases(),
+        evasions::cases(),
+        policy::cases(),
+        certificates::cases(),
+        handshakes::cases(),
+        tunnels::cases(),
+        impostor::cases(),
+        configuration::cases(),
+        // These stop parts of the lab, and the last one all of it.
+        lifecycle::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    harness::run(&cases, &arguments)
+}
