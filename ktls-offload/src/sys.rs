@@ -8,7 +8,7 @@
 //! ignored; Rust's runtime does so before `main`.
 
 use std::fmt;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
@@ -352,6 +352,14 @@ pub(crate) fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: usize) -> io
             libc::SPLICE_F_NONBLOCK | libc::SPLICE_F_MOVE,
         )
     })
+}
+
+/// `readv(2)` into at most `IOV_MAX` (1024) buffers.
+pub(crate) fn readv(fd: BorrowedFd<'_>, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+    let count = libc::c_int::try_from(buffers.len()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: `IoSliceMut` has the layout of `struct iovec` (documented in std), and each one
+    // is valid for writes of its length while `buffers` is borrowed.
+    check_len(unsafe { libc::readv(fd.as_raw_fd(), buffers.as_mut_ptr().cast(), count) })
 }
 
 /// TCP states of `include/net/tcp_states.h` that matter here.

@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::task::coop::consume_budget;
 
@@ -10,6 +11,7 @@ use super::{AppEnd, CopyError, Inbound, Incoming, MAX_PLAINTEXT, MAX_RECORDS, TY
 use crate::error::TunnelError;
 use crate::pool::{BUFFER, Buffer};
 use crate::stream::Counters;
+use crate::sys::{self, fd};
 
 /// Full records that fit into one buffer: one `readv` fills them, one `write` sends them.
 const SLOTS: usize = BUFFER / MAX_RECORD;
@@ -115,7 +117,7 @@ impl Tx {
                     .unwrap_or(&mut []),
             )
         });
-        let n = app.try_read_vectored(&mut rooms)?;
+        let n = read(app, &mut rooms)?;
         (self.start, self.end) = (0, 0);
         let mut left = n;
         for slot in buffer.chunks_exact_mut(MAX_RECORD) {
@@ -302,7 +304,7 @@ impl Rx {
             let end = self.end;
             let room = self.buf.get().get_mut(end..).unwrap_or(&mut []);
             // A whole record always fits: MAX_RECORD is far below BUFFER.
-            match sock.try_read(room) {
+            match read(sock, &mut [IoSliceMut::new(room)]) {
                 Ok(0) => {
                     self.eof = true;
                     return Ok(());
@@ -371,6 +373,27 @@ impl Rx {
                 Err(_) => return,
             }
         }
+    }
+}
+
+/// One `readv`. A read that leaves room has emptied the socket, so the next one waits for
+/// an event instead of asking the kernel in vain: a message costs one read and not two.
+///
+/// Sound with edge-triggered events: what comes after the read raises a new one, and an end
+/// of file or a reset that came before it stays in the readiness that tokio keeps.
+fn read(sock: &TcpStream, rooms: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+    let room: usize = rooms.iter().map(|r| r.len()).sum();
+    let mut got = 0;
+    let read = sock.try_io(Interest::READABLE, || {
+        got = sys::readv(fd(sock), rooms)?;
+        if got > 0 && got < room {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(got)
+    });
+    match read {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock && got > 0 => Ok(got),
+        read => read,
     }
 }
 
