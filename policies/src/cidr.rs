@@ -72,6 +72,23 @@ impl Cidr {
         Cidr::new(address, length)
     }
 
+    /// The prefix's first address.
+    pub fn address(&self) -> IpAddr {
+        let address = Ipv6Addr::from_bits(self.bits);
+        match self.family {
+            Family::V4 => address.to_canonical(),
+            Family::V6 => address.into(),
+        }
+    }
+
+    /// How many bits of [`Cidr::address`] count: at most 32 for IPv4, 128 for IPv6.
+    pub fn prefix_length(&self) -> u8 {
+        match self.family {
+            Family::V4 => self.length - 96,
+            Family::V6 => self.length,
+        }
+    }
+
     /// Whether `address` lies in the prefix. An IPv4-mapped address counts as IPv4.
     pub fn contains(&self, address: IpAddr) -> bool {
         let (family, bits) = match address.to_canonical() {
@@ -128,11 +145,7 @@ impl FromStr for Cidr {
 
 impl fmt::Display for Cidr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let address = Ipv6Addr::from_bits(self.bits);
-        match self.family {
-            Family::V4 => write!(f, "{}/{}", address.to_canonical(), self.length - 96),
-            Family::V6 => write!(f, "{address}/{}", self.length),
-        }
+        write!(f, "{}/{}", self.address(), self.prefix_length())
     }
 }
 

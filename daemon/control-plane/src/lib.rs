@@ -71,10 +71,11 @@ pub struct Validated {
     pub nodes: usize,
     pub workloads: usize,
     pub services: usize,
+    /// Its own and those of its manifests.
     pub policies: usize,
 }
 
-/// Checks a mesh file and the token files it names; touches nothing else.
+/// Checks a mesh file, and the token files and manifests it names; touches nothing else.
 pub fn validate(path: &Path) -> Result<Validated, ConfigError> {
     let config::Loaded { config, warnings } = MeshConfig::load(path)?;
     Ok(Validated {
@@ -82,7 +83,7 @@ pub fn validate(path: &Path) -> Result<Validated, ConfigError> {
         nodes: config.nodes.len(),
         workloads: config.workloads.len(),
         services: config.services.len(),
-        policies: config.policies.len(),
+        policies: config.policies.len() + config.converted.policies().count(),
     })
 }
 

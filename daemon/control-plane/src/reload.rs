@@ -1,9 +1,10 @@
-//! Notices that the mesh file, a token file or the CA's roots have changed.
+//! Notices that the mesh file, a token file, a manifest or the CA's roots have changed.
 //!
 //! Folders are watched, not files: editors and Kubernetes replace a file by
 //! renaming another one over it, after which a watch on the file sees nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -49,7 +50,8 @@ pub(crate) struct Reloader {
     state: watch::Sender<Arc<MeshState>>,
     status: watch::Sender<ReloadStatus>,
     watcher: RecommendedWatcher,
-    watched: BTreeSet<PathBuf>,
+    /// Device and inode tell a folder from another one that took its place.
+    watched: BTreeMap<PathBuf, (u64, u64)>,
     events: mpsc::Receiver<()>,
 }
 
@@ -76,10 +78,10 @@ impl Reloader {
             state,
             status,
             watcher,
-            watched: BTreeSet::new(),
+            watched: BTreeMap::new(),
             events,
         };
-        reloader.watch_folders()?;
+        reloader.watch_folders(BTreeSet::new())?;
         Ok(reloader)
     }
 
@@ -105,6 +107,12 @@ impl Reloader {
     }
 
     async fn look(&mut self) {
+        // What changed in a folder before it was watched was not seen.
+        while self.look_once().await {}
+    }
+
+    /// Whether a folder is watched now that was not before.
+    async fn look_once(&mut self) -> bool {
         let (path, hasher, ca) = (self.path.clone(), self.hasher.clone(), self.ca.clone());
         let current = self.state.borrow().clone();
         // Files are read and written, and keys parsed.
@@ -112,9 +120,21 @@ impl Reloader {
         match looked.await {
             Ok(Look { roots, mesh }) => {
                 self.take_roots(roots);
+                // They may be named by a mesh file that is not in force because of them.
+                let wrong = match &mesh {
+                    Err(ReloadError::Config(error)) => error.files().map(folder_of).collect(),
+                    _ => BTreeSet::new(),
+                };
                 self.take_mesh(mesh);
+                self.watch_folders(wrong).unwrap_or_else(|error| {
+                    tracing::error!(%error, "cannot watch a folder of the configuration: its changes go unseen");
+                    false
+                })
             }
-            Err(error) => tracing::error!(%error, "a look at the files failed"),
+            Err(error) => {
+                tracing::error!(%error, "a look at the files failed");
+                false
+            }
         }
     }
 
@@ -141,7 +161,7 @@ impl Reloader {
         }
     }
 
-    fn take_mesh(&mut self, mesh: Result<Option<MeshState>, ReloadError>) {
+    fn take_mesh(&self, mesh: Result<Option<MeshState>, ReloadError>) {
         match mesh {
             Ok(None) => self.clear_rejection(),
             Ok(Some(next)) => {
@@ -153,9 +173,6 @@ impl Reloader {
                     status.loaded = SystemTime::now();
                     status.rejected = None;
                 });
-                if let Err(error) = self.watch_folders() {
-                    tracing::error!(%error, "cannot watch a folder of a token file: its changes go unseen");
-                }
             }
             Err(error) => self.reject(&error.to_string()),
         }
@@ -176,18 +193,30 @@ impl Reloader {
             .send_if_modified(|status| status.rejected.take().is_some());
     }
 
-    fn watch_folders(&mut self) -> notify::Result<()> {
+    /// The folders of the state in force, and `more`. Whether one is new.
+    fn watch_folders(&mut self, more: BTreeSet<PathBuf>) -> notify::Result<bool> {
         let state = self.state.borrow().clone();
-        let files = std::iter::once(self.path.as_path()).chain(state.config().token_files());
-        let mut folders: BTreeSet<_> = files.map(folder_of).collect();
+        let config = state.config();
+        let files = std::iter::once(self.path.as_path()).chain(config.token_files());
+        let mut folders = more;
+        folders.extend(files.map(folder_of));
+        folders.extend(config.manifest_folders.iter().cloned());
         folders.insert(self.ca.state_dir().to_owned());
+        let mut new = false;
         for folder in folders {
-            if !self.watched.contains(&folder) {
+            // A folder that is gone has a parent that is watched.
+            let Ok(metadata) = folder.metadata() else {
+                self.watched.remove(&folder);
+                continue;
+            };
+            let identity = (metadata.dev(), metadata.ino());
+            if self.watched.get(&folder) != Some(&identity) {
                 self.watcher.watch(&folder, RecursiveMode::NonRecursive)?;
-                self.watched.insert(folder);
+                self.watched.insert(folder, identity);
+                new = true;
             }
         }
-        Ok(())
+        Ok(new)
     }
 }
 

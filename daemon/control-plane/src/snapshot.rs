@@ -1,5 +1,7 @@
 //! The mesh as xDS resources, rendered the way Istiod renders it.
 
+mod converted;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
@@ -17,8 +19,8 @@ use ringfence_xds::proto::workload::{
 use ringfence_xds::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 
 use crate::config::{
-    Action, Cidr, MeshConfig, Operation, PeerAuthenticationMode, Policy, STATIC_STRICT, Service,
-    ServicePort, Source, TextMatch, Workload, selects,
+    Action, Cidr, MeshConfig, Operation, Policy, Service, ServicePort, Source, TextMatch, Workload,
+    selects,
 };
 
 /// All resources of one type by name.
@@ -59,9 +61,14 @@ impl Snapshot {
                 &render_policy(config, policy),
             )
         });
+        let converted = config.converted.policies().map(|converted| {
+            let policy = &converted.policy;
+            let name = policy.name.to_string();
+            resource(AUTHORIZATION_TYPE, name, &converted::render(policy))
+        });
         Self {
             addresses: addresses.collect(),
-            authorizations: authorizations.collect(),
+            authorizations: authorizations.chain(converted).collect(),
         }
     }
 
@@ -162,8 +169,8 @@ fn render_workload(config: &MeshConfig, workload: &Workload) -> ProtoWorkload {
     }
 }
 
-/// The policies that a workload names itself: those with a selector, and STRICT.
-/// Those of its namespace and the global ones apply without being named.
+/// The policies that a workload names itself: those with a selector, and what stands for
+/// its mode. Those of its namespace and the global ones apply without being named.
 fn policies_of(config: &MeshConfig, workload: &Workload) -> Vec<String> {
     let selected = config.policies.iter().filter(|policy| {
         let in_scope =
@@ -175,31 +182,11 @@ fn policies_of(config: &MeshConfig, workload: &Workload) -> Vec<String> {
                 .is_some_and(|selector| selects(selector, &workload.labels))
     });
     let mut names: Vec<_> = selected.map(policy_key).collect();
-    if is_strict(config, workload) {
-        names.push(format!("{}/{STATIC_STRICT}", config.root_namespace));
-    }
+    let attached = config
+        .converted
+        .attached(&workload.namespace, &workload.labels);
+    names.extend(attached.iter().map(ToString::to_string));
     names
-}
-
-/// The most specific peer authentication decides: for the workload, for its
-/// namespace, for the mesh.
-fn is_strict(config: &MeshConfig, workload: &Workload) -> bool {
-    let whole = |namespace: &str| {
-        config
-            .peer_authentication
-            .iter()
-            .find(|p| p.selector.is_none() && p.namespace == namespace)
-    };
-    let own = config.peer_authentication.iter().find(|p| {
-        p.namespace == workload.namespace
-            && p.selector
-                .as_ref()
-                .is_some_and(|s| selects(s, &workload.labels))
-    });
-    let decisive = own
-        .or_else(|| whole(&workload.namespace))
-        .or_else(|| whole(&config.root_namespace));
-    decisive.is_some_and(|p| p.mode == PeerAuthenticationMode::Strict)
 }
 
 fn render_service(service: &Service) -> ProtoService {

@@ -5,10 +5,7 @@ use std::fs;
 
 use tempfile::TempDir;
 
-const EXAMPLE: &str = concat!(
-    env!("CARGO_MANIFEST_DIR"),
-    "/../../deploy/examples/mesh.yaml"
-);
+const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/examples");
 
 #[test]
 fn example_is_valid_without_warnings() {
@@ -27,6 +24,22 @@ fn example_is_valid_without_warnings() {
 }
 
 #[test]
+fn example_with_its_manifests_is_valid_without_warnings() {
+    let folder = folder();
+    let mesh = folder.path().join("mesh.yaml");
+    let text = fs::read_to_string(&mesh).unwrap();
+    let with = text
+        .replace("#manifests:", "manifests:")
+        .replace("#l7:", "l7:");
+    assert_eq!(with.len() + 2, text.len());
+    fs::write(&mesh, with).unwrap();
+    let validated = ringfence_control_plane::validate(&mesh).unwrap();
+    assert_eq!(validated.warnings, []);
+    // One of the mesh file, three AuthorizationPolicies, one for the modes of ports.
+    assert_eq!(validated.policies, 5);
+}
+
+#[test]
 fn example_without_its_tokens_is_not_valid() {
     let folder = folder();
     fs::remove_file(folder.path().join("node-b.token")).unwrap();
@@ -41,7 +54,9 @@ fn example_without_its_tokens_is_not_valid() {
 
 fn folder() -> TempDir {
     let folder = TempDir::new().unwrap();
-    fs::copy(EXAMPLE, folder.path().join("mesh.yaml")).unwrap();
+    for file in ["mesh.yaml", "policies.yaml"] {
+        fs::copy(format!("{EXAMPLES}/{file}"), folder.path().join(file)).unwrap();
+    }
     fs::write(
         folder.path().join("node-a.token"),
         "0123456789abcdef0123456789abcdef",

@@ -10,9 +10,10 @@ use std::time::Duration;
 use serde_saphyr::{Location, Spanned};
 use zeroize::Zeroizing;
 
-use super::diagnostic::Diagnostics;
+use super::diagnostic::{Diagnostic, Diagnostics};
 use super::{
-    ConfigError, Loaded, MeshConfig, Node, Service, ServicePort, Workload, schema, selects, value,
+    ConfigError, Loaded, MeshConfig, Node, Service, ServicePort, Workload, manifests, schema,
+    selects, value,
 };
 
 pub(super) fn check(file: &Path, mesh: schema::Mesh) -> Result<Loaded, ConfigError> {
@@ -31,14 +32,18 @@ pub(super) fn check(file: &Path, mesh: schema::Mesh) -> Result<Loaded, ConfigErr
     if errors.is_empty() {
         return Ok(Loaded { config, warnings });
     }
-    errors.sort_by_key(|error| (error.line, error.column));
+    // The mesh file first, then the manifests.
+    errors.sort_by(|a, b| {
+        let key = |d: &Diagnostic| (d.file != file, d.file.clone(), d.line, d.column);
+        key(a).cmp(&key(b))
+    });
     Err(ConfigError::Invalid(errors))
 }
 
 pub(super) struct Checker<'a> {
     pub(super) diagnostics: Diagnostics<'a>,
     /// Relative paths start here.
-    directory: PathBuf,
+    pub(super) directory: PathBuf,
     /// Who has which address.
     addresses: HashMap<IpAddr, Location>,
 }
@@ -96,7 +101,20 @@ impl Checker<'_> {
         let workloads = self.workloads(mesh.workloads, &nodes);
         let services = self.services(mesh.services, &workloads);
         let policies = self.policies(mesh.policies, &root_namespace, &workloads);
-        let peer_authentication = self.peer_authentication(mesh.peer_authentication, &workloads);
+        let native_modes = self.peer_authentication(mesh.peer_authentication, &workloads);
+        let manifests::Served {
+            converted,
+            folders: manifest_folders,
+        } = self.manifests(
+            mesh.manifests,
+            mesh.l7,
+            manifests::Native {
+                root_namespace: &root_namespace,
+                workloads: &workloads,
+                policies: &policies,
+                modes: native_modes,
+            },
+        );
         MeshConfig {
             trust_domain,
             root_namespace,
@@ -112,7 +130,8 @@ impl Checker<'_> {
             workloads,
             services,
             policies,
-            peer_authentication,
+            converted,
+            manifest_folders,
         }
     }
 

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use serde_saphyr::Location;
 
-/// One thing wrong in a mesh file, and where.
+/// One thing wrong in a mesh file or in a manifest that it names, and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Diagnostic {
     pub file: PathBuf,
@@ -11,7 +11,8 @@ pub struct Diagnostic {
     pub line: u64,
     /// From 1, in characters; 0 when the place is not known.
     pub column: u64,
-    /// As in `workloads[0].addresses[1]`; empty for the file as a whole.
+    /// As in `workloads[0].addresses[1]`, after the resource's name in a manifest; empty
+    /// for the file as a whole.
     pub field: String,
     pub message: String,
 }
@@ -48,6 +49,16 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
+    /// The files that something is wrong in.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        let (one, all): (_, &[Diagnostic]) = match self {
+            Self::Read { path, .. } => (Some(path.as_path()), &[]),
+            Self::Syntax(diagnostic) => (Some(diagnostic.file.as_path()), &[]),
+            Self::Invalid(diagnostics) => (None, diagnostics),
+        };
+        one.into_iter().chain(all.iter().map(|d| d.file.as_path()))
+    }
+
     pub(super) fn syntax(
         file: &Path,
         error: &serde_saphyr::Error,
@@ -82,7 +93,7 @@ impl ConfigError {
 /// Collects what is wrong, so that one run shows all of it.
 #[derive(Debug)]
 pub(super) struct Diagnostics<'a> {
-    file: &'a Path,
+    pub(super) file: &'a Path,
     pub(super) errors: Vec<Diagnostic>,
     pub(super) warnings: Vec<Diagnostic>,
 }

@@ -3,6 +3,7 @@
 
 mod check;
 mod diagnostic;
+mod manifests;
 mod policy;
 mod schema;
 mod value;
@@ -12,14 +13,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ringfence_manifest::Converted;
 use zeroize::Zeroizing;
 
 pub use diagnostic::{ConfigError, Diagnostic};
-
-/// The name of the policy that stands for STRICT, in the root namespace. Agents
-/// know it by name; it is never sent as a resource. Its underscores keep it out
-/// of the names that a mesh file can give to a policy.
-pub(crate) const STATIC_STRICT: &str = "istio_converted_static_strict";
 
 /// A checked mesh file.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,7 +34,11 @@ pub(crate) struct MeshConfig {
     pub workloads: Vec<Workload>,
     pub services: Vec<Service>,
     pub policies: Vec<Policy>,
-    pub peer_authentication: Vec<PeerAuthentication>,
+    /// From the manifests that the file names; the modes of its `peer_authentication` are
+    /// in it as well.
+    pub converted: Converted,
+    /// Folders in which files of the configuration come and go.
+    pub manifest_folders: Vec<PathBuf>,
 }
 
 /// A mesh file together with what was odd about it.
@@ -145,21 +146,8 @@ pub(crate) struct Cidr {
     pub length: u8,
 }
 
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct PeerAuthentication {
-    pub namespace: String,
-    pub selector: Option<BTreeMap<String, String>>,
-    pub mode: PeerAuthenticationMode,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum PeerAuthenticationMode {
-    Strict,
-    Permissive,
-}
-
 impl MeshConfig {
-    /// Reads the file and the token files that it names.
+    /// Reads the file, and the token files and manifests that it names.
     pub(crate) fn load(path: &Path) -> Result<Loaded, ConfigError> {
         let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
             path: path.to_owned(),

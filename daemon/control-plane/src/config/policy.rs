@@ -1,13 +1,15 @@
 //! Checks of authorization policies and peer authentication.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
+use ringfence_manifest::{MtlsMode, PeerAuthentication, Place, Selector};
+use ringfence_policies::PolicyName;
 use serde_saphyr::{Location, Spanned};
 
 use super::check::Checker;
 use super::{
-    Action, Cidr, Operation, PeerAuthentication, PeerAuthenticationMode, Policy, Rule, Source,
-    TextMatch, Workload, schema, selects, value,
+    Action, Cidr, Operation, Policy, Rule, Source, TextMatch, Workload, schema, selects, value,
 };
 
 impl Checker<'_> {
@@ -201,15 +203,14 @@ impl Checker<'_> {
     ) -> Vec<PeerAuthentication> {
         let mut result: Vec<PeerAuthentication> = Vec::new();
         let mut whole_namespaces = HashMap::new();
-        let mut selected: HashMap<(&str, &str), (PeerAuthenticationMode, Location)> =
-            HashMap::new();
+        let mut selected: HashMap<(&str, &str), (MtlsMode, Location)> = HashMap::new();
         for (index, raw) in raw.into_iter().enumerate() {
             let field = format!("peer_authentication[{index}]");
             let at = raw.namespace.referenced;
             let namespace = self.object_name(&format!("{field}.namespace"), raw.namespace);
             let mode = match raw.mode.value.as_str() {
-                "STRICT" => PeerAuthenticationMode::Strict,
-                "PERMISSIVE" => PeerAuthenticationMode::Permissive,
+                "STRICT" => MtlsMode::Strict,
+                "PERMISSIVE" => MtlsMode::Permissive,
                 other => {
                     let message = format!("`{other}` is not a mode: expected STRICT or PERMISSIVE");
                     self.diagnostics
@@ -256,11 +257,15 @@ impl Checker<'_> {
                         .error(raw.mode.referenced, format!("{field}.mode"), message);
                 }
             }
-            result.push(PeerAuthentication {
-                namespace,
-                selector,
-                mode,
-            });
+            let place = Place {
+                file: Arc::from(self.diagnostics.file),
+                line: at.line(),
+                column: at.column(),
+            };
+            // No manifest can have such a name.
+            let name = PolicyName::new(namespace, field);
+            let selector = selector.and_then(Selector::new);
+            result.push(PeerAuthentication::native(name, selector, mode, place));
         }
         result
     }

@@ -31,6 +31,9 @@ pub(super) struct Mesh {
     pub policies: Vec<Policy>,
     #[serde(default)]
     pub peer_authentication: Vec<PeerAuthentication>,
+    #[serde(default)]
+    pub manifests: Vec<Spanned<PathBuf>>,
+    pub l7: Option<Text>,
 }
 
 #[derive(Debug, Deserialize)]
