@@ -6,7 +6,6 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
-use nix::sys::resource::Resource;
 use ringfence_control_plane::RotationStep;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -232,12 +231,10 @@ async fn control_plane(config: &Path, check: bool) -> anyhow::Result<()> {
     Ok(ringfence_control_plane::run(config, stop).await?)
 }
 
-/// Keys live in this process: no core dump, and no `ptrace` by others of the same user.
+/// Keys live in this process.
 fn keep_out_of_core_dumps() {
-    let set = nix::sys::prctl::set_dumpable(false)
-        .and_then(|()| nix::sys::resource::setrlimit(Resource::RLIMIT_CORE, 0, 0));
-    if let Err(error) = set {
-        tracing::warn!(%error, "a core dump of this process would hold keys");
+    if let Err(error) = ringfence_identity::keep_out_of_dumps() {
+        tracing::warn!("{error}");
     }
 }
 

@@ -185,7 +185,7 @@ async fn no_debug_output_of_a_source_or_the_manager_shows_a_key() {
     };
     secret.check(
         "WorkloadApi",
-        &WorkloadApi::start(workload_api, Arc::clone(&bundles)),
+        &WorkloadApi::start(workload_api, Arc::clone(&bundles)).unwrap(),
     );
     let client = CaClient::new(CaClientConfig {
         address: "https://127.0.0.1:1".to_owned(),

@@ -14,6 +14,7 @@
 //! * [`SvidSource`]: where SVIDs come from: [`CaClient`] (Istiod and our own CA),
 //!   [`DelegatedIdentity`] and [`WorkloadApi`] (SPIRE), [`FileSource`].
 //! * [`SvidManager`]: keeps an SVID for each wanted identity.
+//! * [`keep_out_of_dumps`]: for the process that all these keys are in.
 //!
 //! What this crate does *not* do: authorization (that a peer is verified says who
 //! it is, not what it may do), OCSP, fetching revocation lists, JWT-SVIDs.
@@ -24,6 +25,8 @@ mod ca;
 mod chain;
 #[cfg(test)]
 mod debug_tests;
+mod dumps;
+mod encoding;
 mod files;
 mod leaf;
 mod manager;
@@ -42,6 +45,7 @@ mod verifier;
 pub use aliases::{AliasError, TrustDomainAliases};
 pub use bundles::{BundleError, TrustBundles};
 pub use ca::{CaClient, CaClientConfig, CaConfigError};
+pub use dumps::{DumpError, keep_out_of_dumps};
 pub use files::{
     BUNDLE_FILE, CERTIFICATE_FILE, FileLayout, FileSource, FileSourceConfig, FileSourceError,
     KEY_FILE,

@@ -113,6 +113,17 @@ pub struct FetchError {
     pub problem: FetchProblem,
 }
 
+impl FetchProblem {
+    /// Names whom and where it happened to.
+    pub(crate) fn of(self, identity: &WorkloadIdentity, source: &str) -> FetchError {
+        FetchError {
+            identity: identity.clone(),
+            source_name: source.to_owned(),
+            problem: self,
+        }
+    }
+}
+
 /// What went wrong with a fetch, by whose fault it is.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -150,6 +161,14 @@ pub enum FetchProblem {
     /// The source's: a chain that our own peers would refuse.
     #[error("unusable answer: the chain does not hold against the roots sent with it ({})", .0.as_str())]
     BadChain(PeerRefusal),
+    /// The source's: a certificate that a revocation list takes back.
+    #[error("unusable answer: certificate {serial} of issuer {issuer} is revoked")]
+    Revoked {
+        /// Lower-case hex.
+        serial: String,
+        /// A printable distinguished name.
+        issuer: String,
+    },
     /// The source's: roots that cannot be used.
     #[error("unusable answer: {0}")]
     BadBundle(#[from] BundleError),
@@ -169,6 +188,7 @@ impl FetchProblem {
             Self::BadAnswer(_) => "bad-answer",
             Self::BadSvid(_) => "bad-svid",
             Self::BadChain(_) => "bad-chain",
+            Self::Revoked { .. } => "revoked",
             Self::BadBundle(_) => "bad-bundle",
             Self::Internal(_) => "internal",
         }

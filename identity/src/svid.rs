@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use rustls::sign::{CertifiedKey, SigningKey};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
+use crate::encoding::signing_key;
 use crate::leaf::Leaf;
 use crate::spiffe_id::SpiffeId;
 use crate::verifier::{CLOCK_SKEW, MAX_CHAIN_LENGTH, PeerRefusal};
@@ -58,9 +59,7 @@ impl Svid {
         key: &PrivateKeyDer<'_>,
         now: SystemTime,
     ) -> Result<Self, SvidError> {
-        let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(key)
-            .map_err(|_| SvidError::UnusableKey)?;
-        Self::new(identity, chain, key, now)
+        Self::new(identity, chain, signing_key(key)?, now)
     }
 
     /// Whom this SVID names.

@@ -77,7 +77,17 @@ pub fn client_config_with(
     alpn: &[&[u8]],
     key_exchange: KeyExchangePolicy,
 ) -> Result<ClientConfig, rustls::Error> {
-    let mut config = ClientConfig::builder_with_provider(provider_for(key_exchange))
+    client_config_on(provider_for(key_exchange), svid, verifier, alpn)
+}
+
+/// [`client_config_with`] a provider, whatever is in it.
+pub(crate) fn client_config_on(
+    provider: Arc<CryptoProvider>,
+    svid: &Svid,
+    verifier: Arc<PeerVerifier>,
+    alpn: &[&[u8]],
+) -> Result<ClientConfig, rustls::Error> {
+    let mut config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
@@ -164,7 +174,7 @@ pub fn provider_for(key_exchange: KeyExchangePolicy) -> Arc<CryptoProvider> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
-    use crate::testing::{TestCa, workload};
+    use crate::testing::{TestCa, handshake, workload};
     use crate::verifier::ExpectedPeer;
     use rustls::{NamedGroup, ProtocolVersion};
 
@@ -204,23 +214,10 @@ mod tests {
         let verifier = || PeerVerifier::new(ca.bundle(), ExpectedPeer::AnyTrusted);
         let mut dialling = client_config_with(&svid, verifier(), &[b"h2"], client).unwrap();
         if classic_client {
-            let provider = CryptoProvider {
-                kx_groups: vec![kx_group::X25519],
-                ..CryptoProvider::clone(&provider())
-            };
-            let mut classic = ClientConfig::builder_with_provider(Arc::new(provider))
-                .with_protocol_versions(&[&TLS13])
-                .unwrap()
-                .dangerous()
-                .with_custom_certificate_verifier(verifier())
-                .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(
-                    svid.certified_key(),
-                ))));
-            classic.alpn_protocols = vec![b"h2".to_vec()];
-            dialling = classic;
+            dialling = handshake::client_config(&svid, verifier(), &[b"h2"], kx_group::X25519);
         }
         let accepting = server_config_with(&svid, verifier(), &[b"h2"], server).unwrap();
-        crate::testing::handshake::key_exchange(dialling, accepting)
+        handshake::key_exchange(dialling, accepting)
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::bundles::TrustBundles;
 use crate::chain::{self, Link, Role};
 use crate::revocation::RevocationLists;
 use crate::spiffe_id::SpiffeId;
+use crate::svid::Svid;
 use crate::verifier::{PeerRefusal, VerifiedPeer};
 
 /// Trust bundles, revocation lists and trust-domain aliases. Clones share them;
@@ -85,6 +86,23 @@ impl TrustStore {
         match self.revocation.of(&peer.id().trust_domain()) {
             Some(lists) => lists.judge(peer.path(), unix(now)),
             None => Ok(()),
+        }
+    }
+
+    /// Whether a list takes back `svid`, one of ours, or its issuer: nobody who has
+    /// the list would accept it. Nothing else is an error here; whether a list
+    /// covers it at all is for peers to judge.
+    pub fn own_revoked(&self, svid: &Svid, now: SystemTime) -> Result<(), PeerRefusal> {
+        let id = svid.id();
+        let Some((leaf, intermediates)) = svid.chain().split_first() else {
+            return Ok(());
+        };
+        if !self.revocation.required(&id.trust_domain()) {
+            return Ok(());
+        }
+        match self.prove(id, leaf, intermediates, Role::Client, unix(now)) {
+            Err(refusal @ PeerRefusal::Revoked { .. }) => Err(refusal),
+            _ => Ok(()),
         }
     }
 

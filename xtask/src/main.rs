@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod demo;
+mod fuzz;
 mod lab;
 mod lint;
 mod setup;
@@ -42,8 +43,10 @@ enum Task {
     GuestTests(test::GuestArguments),
     /// Formatting, clippy, licences and banned crates
     Lint,
-    /// Measure without and with the mesh, side by side
+    /// Measure: the mesh (without and with it, side by side), or one of its parts
     Bench(bench::Arguments),
+    /// Feed the parsers of certificates, lists and answers what nobody would send
+    Fuzz(fuzz::Arguments),
     /// A network of namespaces with the mesh on it, for hands-on work
     Lab {
         #[command(subcommand)]
@@ -84,6 +87,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::GuestTests(arguments) => test::run_as_guest(&arguments),
         Task::Lint => lint::run(),
         Task::Bench(arguments) => bench::run(&arguments),
+        Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Lab { action } => lab::run(action),
         Task::Vm {
             kernel,
@@ -123,4 +127,29 @@ fn vm(
 
 fn exit_code(code: i32) -> ExitCode {
     ExitCode::from(u8::try_from(code).unwrap_or(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn bench_alone_takes_the_options_of_the_mesh() {
+        for line in [
+            "xtask bench --rounds 1",
+            "xtask bench mesh --rounds 1",
+            "xtask bench identity --quick",
+        ] {
+            assert!(Arguments::try_parse_from(line.split(' ')).is_ok(), "{line}");
+        }
+        let mixed = "xtask bench --rounds 1 identity".split(' ');
+        assert!(Arguments::try_parse_from(mixed).is_err());
+    }
 }

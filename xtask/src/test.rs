@@ -158,7 +158,7 @@ fn suite(executable: &Executable, binary: &Path) -> Suite {
 }
 
 /// Tells the end-to-end tests where `ringfence` is.
-const BINARY: &str = "RINGFENCE_BINARY";
+const BINARY: &str = "RINGFENCE_BIN";
 
 fn depends_on_kernel(suite: &Suite) -> bool {
     let package = suite.name.split(' ').next().unwrap_or_default();

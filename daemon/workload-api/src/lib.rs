@@ -14,9 +14,3 @@ mod server;
 
 pub use caller::{Caller, CallerError};
 pub use server::{Exported, ExportedKey, IssueFuture, Workloads, bind, serve};
-
-/// Generated types.
-#[allow(missing_debug_implementations)]
-mod proto {
-    tonic::include_proto!("_");
-}

@@ -12,6 +12,12 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use futures::Stream;
+use ringfence_identity::workload_proto::spiffe_workload_api_server::{
+    SpiffeWorkloadApi, SpiffeWorkloadApiServer,
+};
+use ringfence_identity::workload_proto::{
+    X509BundlesRequest, X509BundlesResponse, X509Svid, X509SvidRequest, X509SvidResponse,
+};
 use ringfence_identity::{Svid, TrustDomain, WorkloadIdentity};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
@@ -24,10 +30,6 @@ use tonic::{Request, Response, Status};
 use zeroize::Zeroizing;
 
 use crate::caller::Caller;
-use crate::proto::spiffe_workload_api_server::{SpiffeWorkloadApi, SpiffeWorkloadApiServer};
-use crate::proto::{
-    X509BundlesRequest, X509BundlesResponse, X509svid, X509svidRequest, X509svidResponse,
-};
 
 /// An SVID whose key may leave the process.
 #[derive(Debug)]
@@ -104,12 +106,12 @@ type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl SpiffeWorkloadApi for Service {
-    type FetchX509SVIDStream = Answers<X509svidResponse>;
+    type FetchX509SVIDStream = Answers<X509SvidResponse>;
     type FetchX509BundlesStream = Answers<X509BundlesResponse>;
 
     async fn fetch_x509svid(
         &self,
-        request: Request<X509svidRequest>,
+        request: Request<X509SvidRequest>,
     ) -> Result<Response<Self::FetchX509SVIDStream>, Status> {
         let identity = self.attested(&request)?;
         let workloads = self.workloads.clone();
@@ -203,12 +205,12 @@ async fn send<T>(answers: &mpsc::Sender<Result<T, Status>>, answer: T) -> Result
         .map_err(|_| Status::cancelled("the caller is gone"))
 }
 
-fn svid_response(exported: &Exported, bundles: &[(TrustDomain, Vec<Vec<u8>>)]) -> X509svidResponse {
+fn svid_response(exported: &Exported, bundles: &[(TrustDomain, Vec<Vec<u8>>)]) -> X509SvidResponse {
     let own = exported.svid.id().trust_domain();
     let mut all = concatenated(bundles);
     let bundle = all.remove(&domain_id(&own)).unwrap_or_default();
-    X509svidResponse {
-        svids: vec![X509svid {
+    X509SvidResponse {
+        svids: vec![X509Svid {
             spiffe_id: exported.svid.id().to_string(),
             x509_svid: exported
                 .svid

@@ -5,8 +5,8 @@ use std::time::SystemTime;
 
 use rustls::sign::SigningKey;
 use rustls_pki_types::CertificateDer;
-use rustls_pki_types::pem::PemObject as _;
 
+use crate::encoding::{MAX_CERTIFICATES, pem_certificates};
 use crate::source::{FetchProblem, Issued};
 use crate::spiffe_id::WorkloadIdentity;
 
@@ -47,23 +47,9 @@ pub(crate) fn check(
 
 /// The certificates of one element, counted from 1.
 fn read(pem: &str, position: usize) -> Result<Vec<CertificateDer<'static>>, FetchProblem> {
-    let certificates = CertificateDer::pem_slice_iter(pem.as_bytes())
-        .take(MAX_CERTIFICATES.saturating_add(1))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| bad(format!("element {position} is not PEM: {error}")))?;
-    if certificates.is_empty() {
-        return Err(bad(format!("element {position} holds no PEM certificate")));
-    }
-    if certificates.len() > MAX_CERTIFICATES {
-        return Err(bad(format!(
-            "element {position} holds more than {MAX_CERTIFICATES} certificates"
-        )));
-    }
-    Ok(certificates)
+    pem_certificates(pem.as_bytes()).map_err(|problem| bad(format!("element {position} {problem}")))
 }
 
 fn bad(problem: String) -> FetchProblem {
     FetchProblem::BadAnswer(problem)
 }
-
-const MAX_CERTIFICATES: usize = 64;

@@ -103,11 +103,10 @@ impl CaClient {
         let (issued, key) = self.fetch_for(identity, ttl, KeyUse::Exported).await?;
         match key {
             Some(key) => Ok((issued, key)),
-            None => Err(FetchError {
-                identity: identity.clone(),
-                source_name: self.name.clone(),
-                problem: FetchProblem::Internal("the key was not kept".to_owned()),
-            }),
+            None => {
+                Err(FetchProblem::Internal("the key was not kept".to_owned())
+                    .of(identity, &self.name))
+            }
         }
     }
 
@@ -127,11 +126,7 @@ impl CaClient {
                 FetchProblem::TimedOut(self.config.timeout)
             }
         };
-        Err(FetchError {
-            identity: identity.clone(),
-            source_name: self.name.clone(),
-            problem,
-        })
+        Err(problem.of(identity, &self.name))
     }
 
     async fn try_fetch(

@@ -2,6 +2,8 @@
 //! what Istiod's checks and misbehaves on demand.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod kept;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,6 +23,7 @@ use crate::ca_proto::istio_certificate_service_server::{
 };
 use crate::ca_proto::{IstioCertificateRequest, IstioCertificateResponse};
 use crate::testing::{CaParams, LeafParams, TestCa, workload};
+use crate::verifier::MAX_CHAIN_LENGTH;
 
 const TOKEN: &str = "node-token-1";
 
@@ -36,6 +39,8 @@ enum Answer {
     LeafOnly,
     EmptyRoots,
     RootFirst,
+    IssuerBeforeLeaf,
+    LongChain,
     UnrelatedRoot,
     RootIsALeaf,
     Expired,
@@ -143,6 +148,16 @@ impl TestServer {
             Answer::RootFirst => {
                 elements.push(root);
                 elements.reverse();
+                elements
+            }
+            Answer::IssuerBeforeLeaf => {
+                elements.insert(0, pem(other.root()));
+                elements.push(root);
+                elements
+            }
+            Answer::LongChain => {
+                elements.push(pem(other.root()).repeat(MAX_CHAIN_LENGTH));
+                elements.push(root);
                 elements
             }
             Answer::UnrelatedRoot => {
@@ -336,6 +351,8 @@ async fn unusable_answers_are_refused_naming_identity_source_and_fault() {
             "element 2 holds no PEM certificate",
         ),
         (Answer::RootFirst, "bad-bundle", "not a CA certificate"),
+        (Answer::IssuerBeforeLeaf, "bad-svid", "leaf-is-ca"),
+        (Answer::LongChain, "bad-svid", "more than"),
         (Answer::UnrelatedRoot, "bad-chain", "untrusted"),
         (Answer::RootIsALeaf, "bad-bundle", "not a CA certificate"),
         (Answer::Expired, "bad-svid", "expired"),

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, broadcast};
 use tokio::task::JoinHandle;
 
 use crate::bundles::TrustBundles;
-use crate::source::{FetchError, FetchFuture, FetchProblem, Issued, SourceUpdate, SvidSource};
+use crate::source::{FetchFuture, FetchProblem, Issued, SourceUpdate, SvidSource};
 use crate::spiffe_id::WorkloadIdentity;
 use crate::template::IdentityTemplate;
 
@@ -136,13 +136,8 @@ impl SvidSource for FileSource {
 
     fn fetch<'a>(&'a self, identity: &'a WorkloadIdentity, _ttl: Duration) -> FetchFuture<'a> {
         Box::pin(async move {
-            self.try_fetch(identity)
-                .await
-                .map_err(|problem| FetchError {
-                    identity: identity.clone(),
-                    source_name: self.name.clone(),
-                    problem,
-                })
+            let fetched = self.try_fetch(identity).await;
+            fetched.map_err(|problem| problem.of(identity, &self.name))
         })
     }
 

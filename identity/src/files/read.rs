@@ -9,6 +9,7 @@ use rustls_pki_types::pem::{PemObject as _, SectionKind};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use zeroize::{Zeroize as _, Zeroizing};
 
+use crate::encoding::{pem_certificates, signing_key};
 use crate::source::FetchProblem;
 
 /// One or more certificates.
@@ -17,19 +18,7 @@ pub(super) async fn certificates(
 ) -> Result<Vec<CertificateDer<'static>>, FetchProblem> {
     let problem = |problem: String| problem_with("certificate file", path, problem);
     let content = whole(path, "certificate file").await?;
-    let certificates = CertificateDer::pem_slice_iter(&content)
-        .take(MAX_CERTIFICATES.saturating_add(1))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| problem(format!("is not PEM: {error}")))?;
-    if certificates.is_empty() {
-        return Err(problem("holds no PEM certificate".to_owned()));
-    }
-    if certificates.len() > MAX_CERTIFICATES {
-        return Err(problem(format!(
-            "holds more than {MAX_CERTIFICATES} certificates"
-        )));
-    }
-    Ok(certificates)
+    pem_certificates(&content).map_err(problem)
 }
 
 /// Exactly one private key.
@@ -62,7 +51,7 @@ pub(super) async fn key(path: &Path) -> Result<Arc<dyn SigningKey>, FetchProblem
         SectionKind::RsaPrivateKey => PrivateKeyDer::Pkcs1(der.as_slice().into()),
         _ => PrivateKeyDer::Pkcs8(der.as_slice().into()),
     };
-    let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&encoded)
+    let key = signing_key(&encoded)
         .map_err(|_| problem("is not an ECDSA P-256/P-384, Ed25519 or RSA key"));
     drop(encoded);
     der.zeroize();
@@ -103,5 +92,4 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
     text.windows(part.len()).any(|window| window == part)
 }
 
-const MAX_CERTIFICATES: usize = 64;
 const MAX_FILE_BYTES: usize = 256 * 1024;

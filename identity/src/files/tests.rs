@@ -10,7 +10,9 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::manager::{ManagerConfig, SvidEvent, SvidManager, SvidState};
+use crate::source::FetchError;
 use crate::testing::{CaParams, LeafParams, TestCa, pem_chain, workload};
+use crate::verifier::MAX_CHAIN_LENGTH;
 
 struct Setup {
     dir: TempDir,
@@ -208,6 +210,16 @@ async fn unusable_files_are_refused_naming_file_and_reason() {
             "more than 64 certificates",
         ),
         (certificate, "x".repeat(256 * 1024), "bytes or more"),
+        (
+            certificate,
+            pem_chain([unrelated.root()]) + &good.chain,
+            "leaf-is-ca",
+        ),
+        (
+            certificate,
+            good.chain.clone() + &pem_chain([unrelated.root()]).repeat(MAX_CHAIN_LENGTH),
+            "more than",
+        ),
         (key, String::new(), "holds no PEM private key"),
         (key, good.chain.clone(), "holds no PEM private key"),
         (

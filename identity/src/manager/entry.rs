@@ -15,12 +15,29 @@ use crate::svid::{Svid, unix_seconds};
 
 pub(super) struct Entry {
     pub(super) identity: WorkloadIdentity,
-    svid: ArcSwapOption<Svid>,
+    held: ArcSwapOption<Held>,
     last_error: ArcSwapOption<FetchError>,
     /// Someone waits for it, or a connection was refused for want of it.
     demanded: AtomicBool,
     progress: Mutex<Progress>,
     changed: watch::Sender<()>,
+}
+
+/// An SVID and whether a list has taken it back since.
+struct Held {
+    svid: Arc<Svid>,
+    revoked: AtomicBool,
+}
+
+impl Held {
+    fn revoked(&self) -> bool {
+        self.revoked.load(Ordering::Relaxed)
+    }
+
+    /// Whether it may be presented.
+    fn usable(&self, now: SystemTime) -> bool {
+        !self.revoked() && !self.svid.expired_at(now)
+    }
 }
 
 struct Progress {
@@ -43,7 +60,7 @@ impl Entry {
     pub(super) fn new(identity: WorkloadIdentity, due: Due) -> Self {
         Self {
             identity,
-            svid: ArcSwapOption::empty(),
+            held: ArcSwapOption::empty(),
             last_error: ArcSwapOption::empty(),
             demanded: AtomicBool::new(false),
             progress: Mutex::new(Progress {
@@ -58,10 +75,13 @@ impl Entry {
 
     /// The SVID, if it is valid at `now`. Takes no lock.
     pub(super) fn current(&self, now: SystemTime) -> Result<Arc<Svid>, NoSvid> {
-        let refusal = match self.svid.load_full() {
-            Some(svid) if !svid.expired_at(now) => return Ok(svid),
-            Some(svid) => NoSvid::Expired {
-                not_after: svid.not_after(),
+        let refusal = match &*self.held.load() {
+            Some(held) if held.usable(now) => return Ok(Arc::clone(&held.svid)),
+            Some(held) if held.revoked() => NoSvid::Revoked {
+                serial: held.svid.serial().to_owned(),
+            },
+            Some(held) => NoSvid::Expired {
+                not_after: held.svid.not_after(),
             },
             None => match self.last_error.load_full() {
                 Some(error) => NoSvid::FetchFailed(error),
@@ -94,11 +114,8 @@ impl Entry {
     /// Smaller goes first: without a valid SVID before refreshes, demanded
     /// before prefetched.
     pub(super) fn urgency(&self, now: SystemTime) -> (bool, bool) {
-        let valid = self
-            .svid
-            .load()
-            .as_ref()
-            .is_some_and(|svid| !svid.expired_at(now));
+        let held = self.held.load();
+        let valid = held.as_ref().is_some_and(|held| held.usable(now));
         (valid, !self.demanded.load(Ordering::Relaxed))
     }
 
@@ -117,9 +134,30 @@ impl Entry {
         }
     }
 
-    /// Answers the SVID that was in use before.
+    /// The SVID that is held, whether or not it may be presented.
+    pub(super) fn held(&self) -> Option<Arc<Svid>> {
+        self.held.load().as_ref().map(|held| Arc::clone(&held.svid))
+    }
+
+    /// Notes whether a list takes the SVID back that is held. Answers whether
+    /// that is news.
+    pub(super) fn set_revoked(&self, revoked: bool) -> bool {
+        let held = self.held.load();
+        let news = held
+            .as_ref()
+            .is_some_and(|held| held.revoked.swap(revoked, Ordering::Relaxed) != revoked);
+        if news {
+            self.announce();
+        }
+        news
+    }
+
+    /// Answers the SVID that was held before.
     pub(super) fn succeeded(&self, svid: Arc<Svid>, due: Due, now: Due) -> Option<Arc<Svid>> {
-        let before = self.svid.swap(Some(svid));
+        let before = self.held.swap(Some(Arc::new(Held {
+            svid,
+            revoked: AtomicBool::new(false),
+        })));
         self.last_error.store(None);
         self.demanded.store(false, Ordering::Relaxed);
         {
@@ -132,7 +170,7 @@ impl Entry {
             };
         }
         self.announce();
-        before
+        before.map(|held| Arc::clone(&held.svid))
     }
 
     /// `due` is told how many failures in a row there are now.
@@ -154,26 +192,26 @@ impl Entry {
     }
 
     pub(super) fn status(&self, now: SystemTime, wanted: usize) -> SvidStatus {
-        let svid = self.svid.load_full();
+        let held = self.held.load();
         let last_error = self.last_error.load_full();
-        let state = match &svid {
+        let state = match &*held {
             None if last_error.is_none() => SvidState::Pending,
             None => SvidState::Failing,
-            Some(svid) if svid.expired_at(now) => SvidState::Expired,
+            Some(held) if held.revoked() => SvidState::Revoked,
+            Some(held) if held.svid.expired_at(now) => SvidState::Expired,
             Some(_) if last_error.is_none() => SvidState::Ready,
             Some(_) => SvidState::RefreshFailing,
         };
+        let svid = held.as_ref().map(|held| &held.svid);
         SvidStatus {
             identity: self.identity.clone(),
             wanted,
             state,
-            serial: svid.as_ref().map(|svid| svid.serial().to_owned()),
-            issuer: svid.as_ref().map(|svid| svid.issuer().to_owned()),
-            not_before: svid.as_ref().map(|svid| svid.not_before()),
-            not_after: svid.as_ref().map(|svid| svid.not_after()),
-            expires_in: svid
-                .as_ref()
-                .map(|svid| svid.not_after().saturating_sub(unix_seconds(now))),
+            serial: svid.map(|svid| svid.serial().to_owned()),
+            issuer: svid.map(|svid| svid.issuer().to_owned()),
+            not_before: svid.map(|svid| svid.not_before()),
+            not_after: svid.map(|svid| svid.not_after()),
+            expires_in: svid.map(|svid| svid.not_after().saturating_sub(unix_seconds(now))),
             last_error: last_error.map(|error| error.to_string()),
             next_fetch: self.due().map(|due| due.wall),
         }

@@ -19,18 +19,19 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use self::entry::{Due, Entry};
-use crate::bundles::TrustBundles;
 use crate::source::{FetchError, SvidSource};
 use crate::spiffe_id::WorkloadIdentity;
 use crate::svid::Svid;
+use crate::trust::TrustStore;
 
 /// Fetches, refreshes and forgets SVIDs.
 ///
 /// An identity has an SVID while someone [wants](Self::want) it. A valid SVID
-/// keeps serving while its refresh fails; an expired one never does. Each
-/// issuance replaces the source's roots in the [`TrustBundles`], unless the
-/// source does that itself. A source that announces updates is asked again at
-/// once.
+/// keeps serving while its refresh fails; an expired one never does, and one
+/// that a revocation list takes back no longer does: another is fetched at once.
+/// Each issuance replaces the source's roots in the
+/// [`TrustBundles`](crate::TrustBundles), unless the source does that itself. A
+/// source that announces updates is asked again at once.
 ///
 /// Dropping the manager ends its task and the fetches under way; SVIDs that
 /// were handed out stay usable.
@@ -41,15 +42,16 @@ pub struct SvidManager {
 
 impl SvidManager {
     /// Starts the manager's task on the current tokio runtime; like
-    /// `tokio::spawn` this panics outside of one.
+    /// `tokio::spawn` this panics outside of one. `trust` is a [`TrustStore`], or
+    /// an `Arc<TrustBundles>` where there are no revocation lists.
     pub fn start(
         source: Arc<dyn SvidSource>,
-        bundles: Arc<TrustBundles>,
+        trust: impl Into<TrustStore>,
         config: ManagerConfig,
     ) -> Self {
         let shared = Arc::new(Shared {
             source,
-            bundles,
+            trust: trust.into(),
             config,
             entries: ArcSwap::default(),
             wants: Mutex::default(),
@@ -250,6 +252,12 @@ pub enum NoSvid {
         /// Unix seconds.
         not_after: i64,
     },
+    /// A revocation list takes it back; there is no other yet.
+    #[error("the SVID's certificate (serial {serial}) or its issuer's is revoked")]
+    Revoked {
+        /// Lower-case hex.
+        serial: String,
+    },
 }
 
 impl NoSvid {
@@ -260,6 +268,7 @@ impl NoSvid {
             Self::Pending => "pending",
             Self::FetchFailed(_) => "fetch-failed",
             Self::Expired { .. } => "expired",
+            Self::Revoked { .. } => "revoked",
         }
     }
 }
@@ -277,6 +286,15 @@ pub enum SvidEvent {
         svid: Arc<Svid>,
         /// The serial number of the one before, if there was any.
         replaced: Option<String>,
+    },
+    /// A revocation list takes the SVID in use back: from now on there is none,
+    /// until the next [`Renewed`](Self::Renewed). What was handshaken under it is
+    /// to be retired.
+    Revoked {
+        /// Whose SVID.
+        identity: WorkloadIdentity,
+        /// The one that is no good any more.
+        svid: Arc<Svid>,
     },
     /// Nobody wants the identity any more.
     Dropped {
@@ -325,6 +343,8 @@ pub enum SvidState {
     RefreshFailing,
     /// No longer valid: refused.
     Expired,
+    /// Taken back by a revocation list: refused.
+    Revoked,
 }
 
 impl SvidState {
@@ -336,6 +356,7 @@ impl SvidState {
             Self::Ready => "ready",
             Self::RefreshFailing => "refresh-failing",
             Self::Expired => "expired",
+            Self::Revoked => "revoked",
         }
     }
 }
@@ -347,7 +368,7 @@ type Entries = HashMap<WorkloadIdentity, Arc<Entry>>;
 
 struct Shared {
     source: Arc<dyn SvidSource>,
-    bundles: Arc<TrustBundles>,
+    trust: TrustStore,
     config: ManagerConfig,
     /// Changed only with `wants` locked; read by anyone.
     entries: ArcSwap<Entries>,

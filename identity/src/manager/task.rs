@@ -13,10 +13,12 @@ use super::{MAX_CONCURRENT_FETCHES, Shared, SvidEvent, schedule};
 use crate::source::{FetchError, FetchProblem, Issued, SourceUpdate};
 use crate::spiffe_id::TrustDomain;
 use crate::svid::{SvidError, unix_seconds};
+use crate::verifier::PeerRefusal;
 
 /// Runs until it is aborted; its fetches end with it.
 pub(super) async fn run(shared: Arc<Shared>) {
     let mut updates = shared.source.updates();
+    let mut trust = shared.trust.changes();
     let mut fetches = Fetches {
         shared,
         tasks: JoinSet::new(),
@@ -30,6 +32,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
         tokio::select! {
             Some(ended) = fetches.tasks.join_next_with_id() => fetches.finish(ended),
             update = next_update(&mut updates) => fetches.nudge(&update),
+            _ = trust.changed() => fetches.judge_own(),
             () = wake.wake.notified() => {}
             () = tokio::time::sleep_until(next) => {}
         }
@@ -101,6 +104,36 @@ impl Fetches {
         }
     }
 
+    /// After a change of revocation lists or roots: what they take back is not
+    /// presented any more, and is replaced as soon as the source can.
+    fn judge_own(&self) {
+        let wall = self.shared.config.clock.now();
+        for entry in self.shared.entries.load().values() {
+            let Some(svid) = entry.held() else {
+                continue;
+            };
+            let verdict = self.shared.trust.own_revoked(&svid, wall);
+            if !entry.set_revoked(verdict.is_err()) {
+                continue;
+            }
+            if verdict.is_ok() {
+                tracing::info!(identity = %entry.identity, serial = svid.serial(), "SVID no longer revoked");
+                continue;
+            }
+            tracing::error!(
+                identity = %entry.identity,
+                serial = svid.serial(),
+                issuer = svid.issuer(),
+                "our own SVID is revoked: no handshake is made with it, another one is asked for"
+            );
+            entry.nudge(self.in_(Duration::ZERO));
+            self.shared.tell(SvidEvent::Revoked {
+                identity: entry.identity.clone(),
+                svid,
+            });
+        }
+    }
+
     fn start(&mut self, entry: Arc<Entry>) {
         entry.begin();
         let shared = Arc::clone(&self.shared);
@@ -111,11 +144,7 @@ impl Fetches {
             tokio::time::timeout(limit, fetch)
                 .await
                 .unwrap_or_else(|_| {
-                    Err(FetchError {
-                        identity,
-                        source_name: shared.source.name().to_owned(),
-                        problem: FetchProblem::TimedOut(limit),
-                    })
+                    Err(FetchProblem::TimedOut(limit).of(&identity, shared.source.name()))
                 })
         });
         self.started = self.started.saturating_add(1);
@@ -172,7 +201,8 @@ impl Fetches {
         let roots_changed = if sequence > newest && !self.shared.source.keeps_bundles() {
             let changed = self
                 .shared
-                .bundles
+                .trust
+                .bundles()
                 .replace(self.shared.source.name(), domain, &roots)
                 .map_err(|error| self.problem(entry, error.into()))?;
             self.roots_as_of.insert(domain.clone(), sequence);
@@ -180,6 +210,12 @@ impl Fetches {
         } else {
             false
         };
+        // Judged with the roots that came with it.
+        if let Err(PeerRefusal::Revoked { serial, issuer }) =
+            self.shared.trust.own_revoked(&svid, wall)
+        {
+            return Err(self.problem(entry, FetchProblem::Revoked { serial, issuer }));
+        }
         let remaining = svid.not_after().saturating_sub(unix_seconds(wall));
         let remaining = Duration::from_secs(u64::try_from(remaining).unwrap_or(0));
         let after = schedule::refresh_after(remaining, &mut rand::rng());
@@ -229,11 +265,7 @@ impl Fetches {
     }
 
     fn problem(&self, entry: &Entry, problem: FetchProblem) -> FetchError {
-        FetchError {
-            identity: entry.identity.clone(),
-            source_name: self.shared.source.name().to_owned(),
-            problem,
-        }
+        problem.of(&entry.identity, self.shared.source.name())
     }
 }
 

@@ -10,6 +10,7 @@ use x509_parser::extensions::{
     CRLDistributionPoint, DistributionPointName, GeneralName, ParsedExtension,
 };
 use x509_parser::prelude::{CertificateRevocationList, FromDer};
+use x509_parser::x509::X509Name;
 
 use crate::chain::{Link, SIGNATURES};
 use crate::leaf::printable;
@@ -27,6 +28,10 @@ pub(super) struct Crl {
     /// Unix seconds.
     pub(super) next_update: i64,
     pub(super) der: Vec<u8>,
+    /// The CRL number (RFC 5280 section 5.2.3), big endian without zeros in front.
+    number: Option<Vec<u8>>,
+    /// The identifier of the key that signed it (section 5.2.1).
+    authority_key: Option<Vec<u8>>,
     revoked: HashSet<Box<[u8]>>,
     scope: Option<Scope>,
     signed: Vec<u8>,
@@ -40,6 +45,7 @@ pub(super) struct Crl {
 
 /// An issuing distribution point: the list is about some of the issuer's
 /// certificates only.
+#[derive(PartialEq, Eq)]
 struct Scope {
     points: Vec<String>,
     leaves_only: bool,
@@ -82,6 +88,10 @@ impl Crl {
             this_update: list.last_update().timestamp(),
             next_update: next_update.timestamp(),
             der: der.to_vec(),
+            number: list
+                .crl_number()
+                .map(|number| significant(&number.to_bytes_be()).to_vec()),
+            authority_key: authority_key(&list),
             revoked,
             scope,
             signed: parts.0.to_vec(),
@@ -98,6 +108,37 @@ impl Crl {
 
     pub(super) fn lists(&self, serial: &[u8]) -> bool {
         self.revoked.contains(significant(serial))
+    }
+
+    /// Whether both are editions of one list: of the same issuer, key and scope.
+    /// A rotated issuer keeps its name, but numbers the lists of its keys apart.
+    pub(super) fn same_series(&self, other: &Self) -> bool {
+        self.issuer == other.issuer
+            && self.authority_key == other.authority_key
+            && self.scope == other.scope
+    }
+
+    /// Whether it says which key signed it, as RFC 5280 demands.
+    pub(super) fn names_its_key(&self) -> bool {
+        self.authority_key.is_some()
+    }
+
+    /// Whether it was issued before `other`, an edition of the same list. Where
+    /// both have a CRL number the number decides.
+    pub(super) fn older_than(&self, other: &Self) -> bool {
+        match (&self.number, &other.number) {
+            (Some(own), Some(theirs)) if own != theirs => (own.len(), own) < (theirs.len(), theirs),
+            _ => self.this_update < other.this_update,
+        }
+    }
+
+    /// Number and date, to tell editions apart in messages.
+    pub(super) fn edition(&self) -> String {
+        let number = match &self.number {
+            Some(number) => format!("number 0x{}", crate::leaf::hex(number)),
+            None => "no number".to_owned(),
+        };
+        format!("{number}, thisUpdate {} (Unix seconds)", self.this_update)
     }
 
     /// Whether the list claims to know about this certificate at all.
@@ -118,6 +159,11 @@ impl Crl {
             .crl_points
             .iter()
             .any(|point| scope.points.contains(point))
+    }
+
+    /// Whether its issuer has that name.
+    pub(super) fn issued_under(&self, name: &X509Name<'_>) -> bool {
+        Any::from_der(name.as_raw()).is_ok_and(|(_, name)| name.data == self.issuer)
     }
 
     /// Whether the key signed this list. `public_key` is the contents of a
@@ -213,6 +259,16 @@ fn scope_of(list: &CertificateRevocationList<'_>) -> Result<Scope, String> {
         Some(scope) if !scope.points.is_empty() => Ok(scope),
         _ => Err("its issuing distribution point has no URI".to_owned()),
     }
+}
+
+fn authority_key(list: &CertificateRevocationList<'_>) -> Option<Vec<u8>> {
+    list.extensions()
+        .iter()
+        .find_map(|extension| match extension.parsed_extension() {
+            ParsedExtension::AuthorityKeyIdentifier(key) => key.key_identifier.as_ref(),
+            _ => None,
+        })
+        .map(|identifier| identifier.0.to_vec())
 }
 
 /// What is signed, the algorithm identifier's contents and the signature.

@@ -1,5 +1,7 @@
 //! Certificate revocation lists, held next to the trust bundles.
 
+#[cfg(test)]
+mod edition_tests;
 mod list;
 #[cfg(test)]
 mod openssl_tests;
@@ -11,8 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateRevocationListDer, UnixTime};
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime};
 use tokio::sync::watch;
+use x509_parser::asn1_rs::Any;
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 pub(crate) use self::list::point_uris;
 use self::list::{Crl, Timeliness};
@@ -33,9 +37,14 @@ use crate::verifier::PeerRefusal;
 /// [`TrustStore::revoked`](crate::TrustStore::revoked). Roots are not: a root
 /// that is no longer trusted leaves the bundle.
 ///
-/// This type fetches nothing: the content of a file or ConfigMap is given to it.
-/// It follows no distribution point, and does not notice that a list is older
-/// than the one it replaces.
+/// An older edition of a list never replaces a newer one of the same source
+/// (RFC 5280 section 5.2.3: the CRL number, else `thisUpdate`): old content that
+/// is put back must not clear whom newer content revoked. Nothing is remembered
+/// over a restart. Lists that do not name the key they are signed with are
+/// compared only while there is one of that issuer.
+///
+/// This type fetches nothing: the content of a file or ConfigMap is given to it,
+/// or the lists in a Workload API's answer. It follows no distribution point.
 pub struct RevocationLists {
     published: ArcSwap<BTreeMap<TrustDomain, Arc<DomainLists>>>,
     sources: Mutex<Sources>,
@@ -64,35 +73,59 @@ impl RevocationLists {
     ///
     /// Answers whether that changed anything. Content that is refused leaves the
     /// lists in use; if there are none, the trust domain is closed (see
-    /// [`require`](Self::require)).
+    /// [`require`](Self::require)). In place of a list that is
+    /// [older](CrlProblem::Older) than the one in use, that one stays; what else
+    /// is in the content is put to use all the same.
     pub fn replace(
         &self,
         source: &str,
         trust_domain: &TrustDomain,
         content: &[u8],
     ) -> Result<bool, CrlError> {
-        let lists = match read(content) {
+        self.put(source, trust_domain, read(content))
+    }
+
+    /// [`replace`](Self::replace) with the DER of each list.
+    pub fn replace_der(
+        &self,
+        source: &str,
+        trust_domain: &TrustDomain,
+        lists: &[CertificateRevocationListDer<'_>],
+    ) -> Result<bool, CrlError> {
+        self.put(source, trust_domain, read_der(lists))
+    }
+
+    fn put(
+        &self,
+        source: &str,
+        trust_domain: &TrustDomain,
+        lists: Result<Vec<Crl>, CrlProblem>,
+    ) -> Result<bool, CrlError> {
+        let refused = |problem| CrlError {
+            trust_domain: trust_domain.clone(),
+            source_name: source.to_owned(),
+            problem,
+        };
+        let lists = match lists {
             Ok(lists) => lists,
             Err(problem) => {
                 self.require(source, trust_domain);
-                return Err(CrlError {
-                    trust_domain: trust_domain.clone(),
-                    source_name: source.to_owned(),
-                    problem,
-                });
+                return Err(refused(problem));
             }
         };
+        let mut lists: Vec<Arc<Crl>> = lists.into_iter().map(Arc::new).collect();
         let mut sources = self.sources();
         let key = (trust_domain.clone(), source.to_owned());
+        let in_use = sources.get(&key).map(Vec::as_slice).unwrap_or_default();
+        let older = keep_newer(&mut lists, in_use);
         let same = sources.get(&key).is_some_and(|old| {
             old.len() == lists.len() && old.iter().zip(&lists).all(|(a, b)| a.der == b.der)
         });
-        if same {
-            return Ok(false);
+        if !same {
+            sources.insert(key, lists);
+            self.publish(&sources, trust_domain);
         }
-        sources.insert(key, lists.into_iter().map(Arc::new).collect());
-        self.publish(&sources, trust_domain);
-        Ok(true)
+        older.map_or(Ok(!same), |problem| Err(refused(problem)))
     }
 
     /// Takes `source` away. Without another one the trust domain is no longer
@@ -236,6 +269,19 @@ pub enum CrlProblem {
     /// PEM armour that does not parse.
     #[error("it is not PEM: {0}")]
     Pem(String),
+    /// A list that was replaced already: an old file was put back, or a mirror
+    /// is behind.
+    #[error(
+        "the list of issuer {issuer} ({offered}) is older than the one in use ({in_use}), which stays"
+    )]
+    Older {
+        /// A printable distinguished name.
+        issuer: String,
+        /// Number and date of what came.
+        offered: String,
+        /// Number and date of what stays.
+        in_use: String,
+    },
     /// A list that cannot be used.
     #[error("list {position}: {problem}")]
     List {
@@ -310,6 +356,50 @@ impl DomainLists {
 
 type Sources = BTreeMap<(TrustDomain, String), Vec<Arc<Crl>>>;
 
+/// Whether the certificate's holder signed this list. Content that is no list
+/// was signed by nobody.
+pub(crate) fn issued_by(
+    list: &CertificateRevocationListDer<'_>,
+    issuer: &CertificateDer<'_>,
+) -> bool {
+    let Ok((_, issuer)) = X509Certificate::from_der(issuer) else {
+        return false;
+    };
+    let Ok((_, public_key)) = Any::from_der(issuer.public_key().raw) else {
+        return false;
+    };
+    Crl::parse(list)
+        .is_ok_and(|list| list.issued_under(issuer.subject()) && list.signed_by(public_key.data))
+}
+
+/// Puts what is in use in place of editions in `lists` that are older, and tells
+/// of one of them. An old edition beside a newer one replaces nothing.
+fn keep_newer(lists: &mut Vec<Arc<Crl>>, in_use: &[Arc<Crl>]) -> Option<CrlProblem> {
+    let mut problem = None;
+    for used in in_use {
+        let series = |list: &&Arc<Crl>| list.same_series(used);
+        let offered: Vec<Arc<Crl>> = lists.iter().filter(series).cloned().collect();
+        // Of unnamed keys one cannot tell which list follows which.
+        let several = offered.len() > 1 || in_use.iter().filter(series).count() > 1;
+        let Some(first) = offered.first() else {
+            continue;
+        };
+        if (several && !used.names_its_key()) || !offered.iter().all(|list| list.older_than(used)) {
+            continue;
+        }
+        problem = Some(CrlProblem::Older {
+            issuer: used.issuer_name.clone(),
+            offered: first.edition(),
+            in_use: used.edition(),
+        });
+        if let Some(place) = lists.iter_mut().find(|list| list.same_series(used)) {
+            *place = Arc::clone(used);
+        }
+        lists.retain(|list| Arc::ptr_eq(list, used) || !list.same_series(used));
+    }
+    problem
+}
+
 fn read(content: &[u8]) -> Result<Vec<Crl>, CrlProblem> {
     if content.len() > MAX_BYTES {
         return Err(CrlProblem::TooLarge(content.len()));
@@ -324,11 +414,19 @@ fn read(content: &[u8]) -> Result<Vec<Crl>, CrlProblem> {
             .collect::<Result<_, _>>()
             .map_err(|error| CrlProblem::Pem(error.to_string()))?
     };
+    read_der(&ders)
+}
+
+fn read_der(ders: &[CertificateRevocationListDer<'_>]) -> Result<Vec<Crl>, CrlProblem> {
     if ders.is_empty() {
         return Err(CrlProblem::Empty);
     }
     if ders.len() > MAX_LISTS {
         return Err(CrlProblem::TooMany);
+    }
+    let bytes = ders.iter().map(|der| der.len()).sum();
+    if bytes > MAX_BYTES {
+        return Err(CrlProblem::TooLarge(bytes));
     }
     ders.iter()
         .enumerate()

@@ -95,10 +95,12 @@ fn a_listed_intermediate_is_refused_and_each_issuer_needs_a_list() {
     let revoking = ca.crl(0, &CrlParams::revoking(&peer.chain()[1..]));
     lists.replace("root", td, &revoking).unwrap();
     refused_as_revoked(&trust, &ca, &peer);
+    let of_root = ca.crl(0, &CrlParams::default());
     lists.replace("root", td, &of_root).unwrap();
     lists.remove("intermediate", td);
     refused_as_unknown(&trust, &ca, &peer);
     // Revoked says more than unknown, wherever in the path it is.
+    let revoking = ca.crl(0, &CrlParams::revoking(&peer.chain()[1..]));
     lists.replace("root", td, &revoking).unwrap();
     refused_as_revoked(&trust, &ca, &peer);
 }

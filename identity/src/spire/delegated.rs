@@ -3,27 +3,27 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use rustls::sign::SigningKey;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::CertificateDer;
 use tokio::sync::broadcast;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use zeroize::Zeroizing;
 
 use super::feed::{Feed, Publisher};
-use super::{BundleKeeper, Bundles, MAX_MESSAGE_BYTES, refused, socket_uri};
-use crate::bundles::TrustBundles;
+use super::keeper::TrustKeeper;
+use super::{Bundles, Held, MAX_MESSAGE_BYTES, SpireConfigError, refused};
+use crate::encoding::der_certificates;
 use crate::leaf::printable;
-use crate::source::{FetchError, FetchFuture, FetchProblem, Issued, SourceUpdate, SvidSource};
+use crate::source::{FetchFuture, FetchProblem, Issued, SourceUpdate, SvidSource};
 use crate::spiffe_id::WorkloadIdentity;
 use crate::spire_proto::delegated_identity_client::DelegatedIdentityClient;
 use crate::spire_proto::{
     Selector, SubscribeToX509BundlesRequest, SubscribeToX509BundlesResponse,
     SubscribeToX509SvidsRequest, SubscribeToX509SvidsResponse,
 };
-use crate::svid::SvidError;
 use crate::template::{IdentityTemplate, TemplateError};
+use crate::trust::TrustStore;
 
 /// Where the SPIRE agent is and how it knows a workload.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +56,9 @@ impl DelegatedIdentityConfig {
 
 /// SVIDs of the node's workloads from a SPIRE agent that trusts us to act for
 /// them. One stream for each identity that was asked for, one for the bundles.
+///
+/// The API carries no revocation lists: give those to
+/// [`RevocationLists`](crate::RevocationLists) from a file.
 pub struct DelegatedIdentity {
     name: String,
     config: DelegatedIdentityConfig,
@@ -65,19 +68,14 @@ pub struct DelegatedIdentity {
     updates: broadcast::Sender<SourceUpdate>,
 }
 
-/// An SVID as SPIRE gave it.
-struct Held {
-    chain: Vec<CertificateDer<'static>>,
-    key: Arc<dyn SigningKey>,
-}
-
 impl DelegatedIdentity {
-    /// Starts to keep `bundles` up to date, on the current tokio runtime; like
+    /// Starts to keep the bundles of `trust` (a [`TrustStore`], or an
+    /// `Arc<TrustBundles>`) up to date, on the current tokio runtime; like
     /// `tokio::spawn` this panics outside of one. An agent that is not there yet
     /// is no error.
     pub fn start(
         config: DelegatedIdentityConfig,
-        bundles: Arc<TrustBundles>,
+        trust: impl Into<TrustStore>,
     ) -> Result<Self, SpireConfigError> {
         if config.selectors.is_empty() {
             return Err(SpireConfigError::NoSelector);
@@ -86,14 +84,12 @@ impl DelegatedIdentity {
         if let Some(template) = config.selectors.iter().find(colonless) {
             return Err(SpireConfigError::Selector(template.as_str().to_owned()));
         }
-        let endpoint = Endpoint::from_shared(socket_uri(&config.socket))
-            .map_err(|error| SpireConfigError::Socket(config.socket.clone(), error.to_string()))?
-            .connect_timeout(config.timeout);
-        let client = DelegatedIdentityClient::new(endpoint.connect_lazy())
-            .max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let channel = super::channel(&config.socket, config.timeout)?;
+        let client =
+            DelegatedIdentityClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let name = format!("SPIRE agent {}", config.socket.display());
         let updates = broadcast::Sender::new(1024);
-        let keeper = Arc::new(BundleKeeper::new(&name, bundles));
+        let keeper = Arc::new(TrustKeeper::new(&name, trust.into()));
         let feed = {
             let (client, updates) = (client.clone(), updates.clone());
             Feed::start(move |publisher| {
@@ -123,8 +119,7 @@ impl DelegatedIdentity {
         let roots = bundles.get(domain).cloned().ok_or_else(|| {
             FetchProblem::BadAnswer(format!("there is no bundle of trust domain {domain}"))
         })?;
-        let key = Arc::clone(&held.key);
-        Issued::checked(identity, held.chain.clone(), roots, key, SystemTime::now())
+        held.checked(identity, roots)
     }
 
     fn feed(&self, identity: &WorkloadIdentity) -> Arc<Feed<Held>> {
@@ -174,13 +169,8 @@ impl SvidSource for DelegatedIdentity {
 
     fn fetch<'a>(&'a self, identity: &'a WorkloadIdentity, _ttl: Duration) -> FetchFuture<'a> {
         Box::pin(async move {
-            self.try_fetch(identity)
-                .await
-                .map_err(|problem| FetchError {
-                    identity: identity.clone(),
-                    source_name: self.name.clone(),
-                    problem,
-                })
+            let fetched = self.try_fetch(identity).await;
+            fetched.map_err(|problem| problem.of(identity, &self.name))
         })
     }
 
@@ -204,21 +194,6 @@ impl std::fmt::Debug for DelegatedIdentity {
             .field("identities", &self.feeds().len())
             .finish_non_exhaustive()
     }
-}
-
-/// A configuration that cannot work: the operator is at fault.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum SpireConfigError {
-    /// Without selectors every entry would match, or none.
-    #[error("no SPIRE selector is configured: name at least one, as in k8s:ns:{{namespace}}")]
-    NoSelector,
-    /// Not `TYPE:VALUE`.
-    #[error("SPIRE selector {0:?} is not of the form TYPE:VALUE, as in k8s:ns:{{namespace}}")]
-    Selector(String),
-    /// The path cannot be a socket's.
-    #[error("SPIRE socket {0}: {1}")]
-    Socket(PathBuf, String),
 }
 
 async fn follow_svid(
@@ -270,16 +245,12 @@ fn pick(
             "none of the {count} SVIDs that match the selectors is this identity's (is there a registration entry?)"
         )));
     };
-    let der = PrivateKeyDer::Pkcs8(key.as_slice().into());
-    let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&der)
-        .map_err(|_| SvidError::UnusableKey)?;
-    let chain = chain.into_iter().map(CertificateDer::from).collect();
-    Ok(Held { chain, key })
+    Held::new(chain.into_iter().map(CertificateDer::from).collect(), &key)
 }
 
 async fn follow_bundles(
     mut client: DelegatedIdentityClient<Channel>,
-    keeper: Arc<BundleKeeper>,
+    keeper: Arc<TrustKeeper>,
     updates: broadcast::Sender<SourceUpdate>,
     publisher: Publisher<Bundles>,
 ) -> FetchProblem {
@@ -293,11 +264,14 @@ async fn follow_bundles(
             Ok(Some(message)) => {
                 match read_bundles(message) {
                     Ok(bundles) => {
-                        keeper.replace_all(&bundles);
+                        keeper.bundles(&bundles);
                         publisher.publish(bundles);
                     }
                     Err(problem) => {
-                        tracing::warn!(source = keeper.source, "trust bundles refused: {problem}");
+                        tracing::warn!(
+                            source = keeper.source(),
+                            "trust bundles refused: {problem}"
+                        );
                         publisher.failed(FetchProblem::BadAnswer(problem));
                     }
                 }
@@ -318,7 +292,7 @@ fn read_bundles(message: SubscribeToX509BundlesResponse) -> Result<Bundles, Stri
         .into_iter()
         .map(|(name, der)| {
             let domain = super::trust_domain(&name)?;
-            let roots = super::split_certificates(&der)
+            let roots = der_certificates(&der)
                 .map_err(|problem| format!("bundle of {}: {problem}", printable(&name)))?;
             Ok((domain, roots))
         })

@@ -4,90 +4,78 @@
 //! * [`WorkloadApi`]: a host that runs one workload asks for its own.
 //!
 //! Both keep streams open and learn of new SVIDs and bundles at once. Both put
-//! the bundles, federated ones included, into the [`TrustBundles`] themselves.
+//! the bundles, federated ones included, into the
+//! [`TrustBundles`](crate::TrustBundles) themselves; the Workload API's revocation
+//! lists go into the [`RevocationLists`](crate::RevocationLists) (the Delegated
+//! Identity API has none).
 
 mod delegated;
 mod feed;
+mod keeper;
 #[cfg(test)]
 mod tests;
 mod workload;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
-use rustls_pki_types::CertificateDer;
-use x509_parser::asn1_rs::{Any, FromDer};
+use rustls::sign::SigningKey;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tonic::transport::{Channel, Endpoint};
+use zeroize::Zeroizing;
 
-pub use self::delegated::{DelegatedIdentity, DelegatedIdentityConfig, SpireConfigError};
+pub use self::delegated::{DelegatedIdentity, DelegatedIdentityConfig};
+#[cfg(any(test, feature = "testing"))]
+pub(crate) use self::workload::read_answer;
 pub use self::workload::{WorkloadApi, WorkloadApiConfig};
-use crate::bundles::TrustBundles;
+use crate::encoding::signing_key;
 use crate::leaf::printable;
-use crate::source::FetchProblem;
-use crate::spiffe_id::TrustDomain;
+use crate::source::{FetchProblem, Issued};
+use crate::spiffe_id::{TrustDomain, WorkloadIdentity};
+
+/// A configuration that cannot work: the operator is at fault.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SpireConfigError {
+    /// Without selectors every entry would match, or none.
+    #[error("no SPIRE selector is configured: name at least one, as in k8s:ns:{{namespace}}")]
+    NoSelector,
+    /// Not `TYPE:VALUE`.
+    #[error("SPIRE selector {0:?} is not of the form TYPE:VALUE, as in k8s:ns:{{namespace}}")]
+    Selector(String),
+    /// The path cannot be a socket's.
+    #[error("SPIRE socket {0}: {1}")]
+    Socket(PathBuf, String),
+}
 
 /// What both APIs call a bundle of bundles.
 type Bundles = BTreeMap<TrustDomain, Vec<CertificateDer<'static>>>;
 
-/// Puts what a source says about bundles into the [`TrustBundles`].
-struct BundleKeeper {
-    source: String,
-    bundles: Arc<TrustBundles>,
-    /// The trust domains this source has given so far.
-    given: Mutex<BTreeSet<TrustDomain>>,
+/// An SVID as an agent gave it, unchecked.
+struct Held {
+    chain: Vec<CertificateDer<'static>>,
+    key: Arc<dyn SigningKey>,
 }
 
-impl BundleKeeper {
-    fn new(source: &str, bundles: Arc<TrustBundles>) -> Self {
-        Self {
-            source: source.to_owned(),
-            bundles,
-            given: Mutex::default(),
-        }
+impl Held {
+    fn new(
+        chain: Vec<CertificateDer<'static>>,
+        pkcs8: &Zeroizing<Vec<u8>>,
+    ) -> Result<Self, FetchProblem> {
+        let key = signing_key(&PrivateKeyDer::Pkcs8(pkcs8.as_slice().into()))?;
+        Ok(Self { chain, key })
     }
 
-    /// `all` replaces everything the source gave before. A bundle that cannot be
-    /// used leaves the one in use; a trust domain that is not among them is no
-    /// longer federated with and is taken away.
-    fn replace_all(&self, all: &Bundles) {
-        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
-        for (domain, roots) in all {
-            match self.bundles.replace(&self.source, domain, roots) {
-                Ok(changed) => {
-                    if changed {
-                        tracing::info!(source = self.source, trust_domain = %domain, roots = roots.len(), "trust bundle changed");
-                    }
-                    given.insert(domain.clone());
-                }
-                Err(error) => {
-                    tracing::warn!(source = self.source, trust_domain = %domain, "{error}");
-                }
-            }
-        }
-        given.retain(|domain| {
-            let stays = all.contains_key(domain);
-            if !stays {
-                self.bundles.remove(&self.source, domain);
-                tracing::info!(source = self.source, trust_domain = %domain, "trust bundle taken away");
-            }
-            stays
-        });
+    fn checked(
+        &self,
+        identity: &WorkloadIdentity,
+        roots: Vec<CertificateDer<'static>>,
+    ) -> Result<Issued, FetchProblem> {
+        let (chain, key) = (self.chain.clone(), Arc::clone(&self.key));
+        Issued::checked(identity, chain, roots, key, SystemTime::now())
     }
-}
-
-/// DER certificates, one behind the other.
-fn split_certificates(mut der: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
-    let mut certificates = Vec::new();
-    while !der.is_empty() {
-        let (rest, _) = Any::from_der(der).map_err(|_| "not DER certificates".to_owned())?;
-        let one = der.len().checked_sub(rest.len()).and_then(|n| der.get(..n));
-        certificates.push(CertificateDer::from(one.unwrap_or_default().to_vec()));
-        if certificates.len() > MAX_CERTIFICATES {
-            return Err(format!("more than {MAX_CERTIFICATES} certificates"));
-        }
-        der = rest;
-    }
-    Ok(certificates)
 }
 
 /// The name of a trust domain, or the URI that names it alone.
@@ -116,10 +104,12 @@ fn reason(error: &(dyn std::error::Error + 'static)) -> String {
     printable(&innermost.to_string())
 }
 
-fn socket_uri(socket: &Path) -> String {
-    format!("unix:{}", socket.display())
+/// A channel that connects when it is used, again and again.
+fn channel(socket: &Path, timeout: Duration) -> Result<Channel, SpireConfigError> {
+    let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display()))
+        .map_err(|error| SpireConfigError::Socket(socket.to_owned(), error.to_string()))?;
+    Ok(endpoint.connect_timeout(timeout).connect_lazy())
 }
 
-const MAX_CERTIFICATES: usize = 64;
 /// Bytes of one message.
 const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;

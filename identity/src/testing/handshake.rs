@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::{AlertDescription, ClientConfig, ClientConnection, Error, ServerConnection};
 
 use crate::svid::Svid;
@@ -91,6 +92,20 @@ pub fn run_without_client_certificate(server: &Svid, judge: Arc<PeerVerifier>) -
         judged,
         other,
     }
+}
+
+/// A client that offers one key exchange only.
+pub fn client_config(
+    svid: &Svid,
+    verifier: Arc<PeerVerifier>,
+    alpn: &[&[u8]],
+    group: &'static dyn SupportedKxGroup,
+) -> ClientConfig {
+    let provider = CryptoProvider {
+        kx_groups: vec![group],
+        ..CryptoProvider::clone(&tls::provider())
+    };
+    tls::client_config_on(Arc::new(provider), svid, verifier, alpn).unwrap()
 }
 
 /// The key exchange that was agreed on, or what the client ended with.

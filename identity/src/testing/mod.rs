@@ -6,9 +6,11 @@
 
 pub mod handshake;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
+use prost::Message as _;
 use rcgen::string::Ia5String;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, CrlDistributionPoint,
@@ -25,6 +27,7 @@ use crate::bundles::TrustBundles;
 use crate::source::{FetchProblem, Issued};
 use crate::spiffe_id::{TrustDomain, WorkloadIdentity};
 use crate::svid::Svid;
+use crate::trust::TrustStore;
 
 /// The identity `spiffe://TD/ns/NS/sa/SA`.
 pub fn workload(trust_domain: &str, namespace: &str, service_account: &str) -> WorkloadIdentity {
@@ -194,16 +197,20 @@ pub struct CrlParams {
     pub next_update: SystemTime,
     /// Of an issuing distribution point.
     pub point: Option<String>,
+    /// The CRL number.
+    pub number: u64,
 }
 
 impl Default for CrlParams {
-    /// Revokes nobody, from a minute ago for an hour.
+    /// Revokes nobody, from a minute ago for an hour; newer than any before.
     fn default() -> Self {
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
         Self {
             revoked: Vec::new(),
             this_update: SystemTime::now() - Duration::from_secs(60),
             next_update: SystemTime::now() + Duration::from_secs(3600),
             point: None,
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
         }
     }
 }
@@ -221,7 +228,7 @@ impl CrlParams {
         CertificateRevocationListParams {
             this_update: self.this_update.into(),
             next_update: self.next_update.into(),
-            crl_number: SerialNumber::from(7u64),
+            crl_number: SerialNumber::from(self.number),
             issuing_distribution_point: self.point.clone().map(|uri| CrlIssuingDistributionPoint {
                 distribution_point: CrlDistributionPoint { uris: vec![uri] },
                 scope: None,
@@ -252,6 +259,15 @@ pub fn read_ca_answer(cert_chain: &[String]) -> Result<Issued, FetchProblem> {
     });
     let identity = workload("td", "a", "b");
     crate::ca::check_answer(cert_chain, &identity, Arc::clone(key), SystemTime::now())
+}
+
+/// Reads what a Workload API sent, as [`WorkloadApi`](crate::WorkloadApi) does:
+/// the SVID of `spiffe://td/ns/a/sa/b`. Bundles and revocation lists go into
+/// `trust`.
+pub fn read_workload_answer(message: &[u8], trust: &TrustStore) -> Result<Issued, FetchProblem> {
+    let message = crate::workload_proto::X509SvidResponse::decode(message)
+        .map_err(|error| FetchProblem::BadAnswer(error.to_string()))?;
+    crate::spire::read_answer(message, &workload("td", "a", "b"), trust)
 }
 
 /// One PEM section.

@@ -22,6 +22,7 @@ use tonic::{Request, Response, Status};
 use crate::spiffe_id::WorkloadIdentity;
 use crate::spire_proto as spire;
 use crate::testing::{LeafParams, TestCa};
+use crate::verifier::MAX_CHAIN_LENGTH;
 use crate::workload_proto as workload_api;
 
 /// What the agent does.
@@ -33,6 +34,9 @@ pub(super) enum Mode {
     OtherKey,
     GarbageKey,
     GarbageChain,
+    EmptyChain,
+    IssuerBeforeLeaf,
+    LongChain,
     Expired,
     UnrelatedRoot,
     Denied,
@@ -54,6 +58,8 @@ pub(super) struct State {
     /// Whom the Workload API takes its caller for.
     pub(super) caller: WorkloadIdentity,
     pub(super) selectors: Mutex<Vec<Vec<String>>>,
+    /// What the Workload API has for `crl`.
+    pub(super) lists: Mutex<Vec<Vec<u8>>>,
     pub(super) open: AtomicUsize,
     changed: watch::Sender<()>,
 }
@@ -75,6 +81,7 @@ impl Agent {
                 algorithm: Mutex::new(&rcgen::PKCS_ECDSA_P256_SHA256),
                 caller: super::cart(),
                 selectors: Mutex::default(),
+                lists: Mutex::default(),
                 open: AtomicUsize::new(0),
                 changed: watch::Sender::new(()),
             }),
@@ -180,6 +187,17 @@ impl State {
         let chain = match mode {
             Mode::OtherKey => ca.chain_for(&params, &other),
             Mode::GarbageChain => vec![CertificateDer::from(vec![0x30, 0x03, 1, 2, 3])],
+            Mode::EmptyChain => Vec::new(),
+            Mode::IssuerBeforeLeaf => {
+                let mut chain = ca.chain_for(&params, &pair);
+                chain.insert(0, self.partner.root().clone());
+                chain
+            }
+            Mode::LongChain => {
+                let mut chain = ca.chain_for(&params, &pair);
+                chain.extend(vec![self.partner.root().clone(); MAX_CHAIN_LENGTH]);
+                chain
+            }
             _ => ca.chain_for(&params, &pair),
         };
         let key = match mode {
@@ -348,7 +366,7 @@ impl workload_api::spiffe_workload_api_server::SpiffeWorkloadApi for Service {
             };
             Some(workload_api::X509SvidResponse {
                 svids,
-                crl: Vec::new(),
+                crl: state.lists.lock().unwrap().clone(),
                 federated_bundles: state.federated().into_iter().collect(),
             })
         })

@@ -185,6 +185,7 @@ fn write_fuzz_seeds() {
         let seed = [choice, 0x30, 3, 1, 1, 0xff];
         write("signed_leaf", &format!("extension {choice}"), &seed);
     }
+    write("workload_answer", "good", &workload_answer(&corpus.ca));
     for (name, point) in [
         ("plain", None),
         ("partial", Some("http://crl/1".to_owned())),
@@ -200,4 +201,39 @@ fn write_fuzz_seeds() {
             corpus.ca.crl_pem(&params).as_bytes(),
         );
     }
+}
+
+/// A Workload API's answer for `spiffe://td/ns/a/sa/b`, with a federated bundle and a
+/// revocation list.
+fn workload_answer(ca: &TestCa) -> Vec<u8> {
+    use prost::Message as _;
+    let identity = workload("td", "a", "b");
+    let params = LeafParams::good(&identity);
+    let pair = params.key();
+    let chain = ca.chain_for(&params, &pair);
+    let partner = TestCa::new("partner").root().to_vec();
+    let answer = crate::workload_proto::X509SvidResponse {
+        svids: vec![crate::workload_proto::X509Svid {
+            spiffe_id: identity.to_string(),
+            x509_svid: chain.iter().flat_map(|der| der.to_vec()).collect(),
+            x509_svid_key: pair.serialize_der(),
+            bundle: ca.root().to_vec(),
+            hint: String::new(),
+        }],
+        crl: vec![ca.crl(0, &crate::testing::CrlParams::default())],
+        federated_bundles: [("spiffe://partner".to_owned(), partner)].into(),
+    };
+    answer.encode_to_vec()
+}
+
+#[test]
+fn the_seed_of_the_workload_answer_is_a_good_answer() {
+    let ca = TestCa::new("td");
+    let trust = crate::TrustStore::from(std::sync::Arc::new(crate::TrustBundles::new()));
+    let answer = workload_answer(&ca);
+    crate::testing::read_workload_answer(&answer, &trust).unwrap();
+    assert_eq!(trust.bundles().trust_domains().len(), 2);
+    assert_eq!(trust.revocation().snapshot().len(), 1);
+    let cut = &answer[..answer.len() - 1];
+    crate::testing::read_workload_answer(cut, &trust).unwrap_err();
 }

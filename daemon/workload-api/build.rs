@@ -1,6 +1,0 @@
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("cargo:rerun-if-changed=proto");
-    let files = protox::compile(["proto/workload_api.proto"], ["proto"])?;
-    tonic_prost_build::configure().compile_fds(files)?;
-    Ok(())
-}
