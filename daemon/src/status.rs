@@ -20,6 +20,7 @@ pub struct Status {
     pub record_layer: RecordLayer,
     pub pods: Vec<Pod>,
     pub svids: Vec<Svid>,
+    pub revocation_lists: Vec<RevocationList>,
     pub streams: Vec<Stream>,
     /// The last handshakes, newest first.
     pub handshakes: Vec<Handshake>,
@@ -76,6 +77,24 @@ pub struct Svid {
     pub not_before: i64,
     /// Seconds since the epoch.
     pub not_after: i64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// One configured file of revocation lists.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RevocationList {
+    pub trust_domain: String,
+    pub file: String,
+    /// `in-force`, `expired` or `missing`. In the latter two, and without another file for
+    /// it, nobody of the trust domain is accepted.
+    pub state: String,
+    /// Serial numbers on the lists.
+    pub revoked: usize,
+    /// When the first of the lists ends; seconds since the epoch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_update: Option<i64>,
+    /// Why the file as it is now is not in use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -177,6 +196,22 @@ impl Status {
             self.pods.iter().map(rows),
         )?;
         out.push_str(&certificates(&self.svids));
+        if !self.revocation_lists.is_empty() {
+            let now = now().cast_signed();
+            let head = ["trust domain", "state", "revoked", "expires in", "file"];
+            let rows = self.revocation_lists.iter().map(|list| {
+                vec![
+                    list.trust_domain.clone(),
+                    with_error(&list.state, list.error.as_deref()),
+                    list.revoked.to_string(),
+                    list.next_update
+                        .map(|at| left(at.saturating_sub(now)))
+                        .unwrap_or_default(),
+                    list.file.clone(),
+                ]
+            });
+            table(out, "revocation lists", &head, rows)?;
+        }
         table(
             out,
             "streams",
@@ -247,13 +282,9 @@ impl Status {
 pub fn certificates(svids: &[Svid]) -> String {
     let now = now().cast_signed();
     let rows = svids.iter().map(|s| {
-        let state = match &s.error {
-            Some(error) => format!("{}: {error}", s.state),
-            None => s.state.clone(),
-        };
         vec![
             s.id.clone(),
-            state,
+            with_error(&s.state, s.error.as_deref()),
             left(s.not_after.saturating_sub(now)),
             s.serial.clone(),
             s.issuer.clone(),
@@ -264,6 +295,13 @@ pub fn certificates(svids: &[Svid]) -> String {
     let head = ["identity", "state", "expires in", "serial", "issuer"];
     let _ = table(&mut out, "svids", &head, rows);
     out
+}
+
+fn with_error(state: &str, error: Option<&str>) -> String {
+    match error {
+        Some(error) => format!("{state}: {error}"),
+        None => state.to_owned(),
+    }
 }
 
 /// A span of time as people read it.

@@ -7,8 +7,9 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result};
 use rcgen::string::Ia5String;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, Certificate, CertificateParams, CertificateRevocationListParams,
+    DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair,
+    KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
 };
 use ringfence_lab::mesh::principal;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -26,6 +27,8 @@ pub struct Leaf {
     pub not_after: SystemTime,
     pub is_ca: bool,
     pub usages: Vec<ExtendedKeyUsagePurpose>,
+    /// Random when there is none.
+    pub serial: Option<u64>,
 }
 
 /// A chain, leaf first and without the root, and the leaf's key.
@@ -56,20 +59,77 @@ impl Authority {
         Ok(Authority(Issuer::new(stranger(), KeyPair::generate()?)))
     }
 
-    /// The root certificate of such a CA, PEM.
+    /// A CA that is trusted where its root certificate (DER) is put.
+    pub fn with_root() -> Result<(Self, CertificateDer<'static>)> {
+        let (params, key) = (stranger(), KeyPair::generate()?);
+        let root = params.self_signed(&key)?.der().clone();
+        Ok((Authority(Issuer::new(params, key)), root))
+    }
+
+    /// The root certificate of a CA that nobody trusts, PEM.
     pub fn another_root_pem() -> Result<String> {
         Ok(stranger().self_signed(&KeyPair::generate()?)?.pem())
     }
 
     pub fn issue(&self, leaf: &Leaf) -> Result<Credentials> {
-        let key = KeyPair::generate()?;
-        let certificate = leaf.params()?.signed_by(&key, &self.0)?;
+        let (certificate, key) = self.sign(leaf)?;
         let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(anyhow::Error::msg)?;
         Ok(Credentials {
             chain: vec![certificate.der().clone()],
             key,
         })
     }
+
+    /// Certificate and key in PEM.
+    pub fn issue_pem(&self, leaf: &Leaf) -> Result<(String, String)> {
+        let (certificate, key) = self.sign(leaf)?;
+        Ok((certificate.pem(), key.serialize_pem()))
+    }
+
+    fn sign(&self, leaf: &Leaf) -> Result<(Certificate, KeyPair)> {
+        let key = KeyPair::generate()?;
+        Ok((leaf.params()?.signed_by(&key, &self.0)?, key))
+    }
+
+    /// A revocation list (PEM) that was made a minute ago, with these serial numbers (hex,
+    /// as `ringfence certs` shows them). It is newer than every other that was made here.
+    pub fn revocation_list(&self, serials: &[&str], next_update: SystemTime) -> Result<String> {
+        let this_update = SystemTime::now() - Duration::from_secs(60);
+        let revoked_certs = serials
+            .iter()
+            .map(|serial| {
+                Ok(RevokedCertParams {
+                    serial_number: SerialNumber::from(bytes_of_hex(serial)?),
+                    revocation_time: this_update.into(),
+                    reason_code: None,
+                    invalidity_date: None,
+                })
+            })
+            .collect::<Result<_>>()?;
+        let params = CertificateRevocationListParams {
+            this_update: this_update.into(),
+            next_update: next_update.into(),
+            crl_number: SerialNumber::from(nanoseconds()?),
+            issuing_distribution_point: None,
+            revoked_certs,
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        Ok(params.signed_by(&self.0)?.pem()?)
+    }
+}
+
+/// Since the epoch.
+fn nanoseconds() -> Result<u64> {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+    Ok(since.as_nanos().try_into()?)
+}
+
+fn bytes_of_hex(text: &str) -> Result<Vec<u8>> {
+    let pairs = text.as_bytes().chunks(2);
+    pairs
+        .map(|pair| Ok(u8::from_str_radix(std::str::from_utf8(pair)?, 16)?))
+        .collect::<Result<_>>()
+        .with_context(|| format!("`{text}` is not hexadecimal"))
 }
 
 impl Leaf {
@@ -86,12 +146,14 @@ impl Leaf {
                 ExtendedKeyUsagePurpose::ServerAuth,
                 ExtendedKeyUsagePurpose::ClientAuth,
             ],
+            serial: None,
         }
     }
 
     fn params(&self) -> Result<CertificateParams> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
+        params.serial_number = self.serial.map(SerialNumber::from);
         params.not_before = self.not_before.into();
         params.not_after = self.not_after.into();
         for uri in &self.uris {

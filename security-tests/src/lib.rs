@@ -8,6 +8,9 @@
 pub mod authority;
 pub mod harness;
 pub mod hello;
+pub mod load;
 pub mod peer;
 pub mod server;
+pub mod spire;
 pub mod stage;
+pub mod volume;

@@ -11,6 +11,8 @@ use ring::aead::{
     AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey,
 };
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::crypto::aws_lc_rs::kx_group::X25519;
 use rustls::crypto::aws_lc_rs::{default_provider, sign::any_supported_type};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
@@ -35,6 +37,8 @@ const HEADER: usize = 5;
 #[derive(Debug)]
 pub struct Peer {
     stream: TcpStream,
+    /// What the other side showed, leaf first; empty when it showed nothing.
+    certificates: Vec<CertificateDer<'static>>,
     sealer: Keys,
     opener: Keys,
     /// Number of the next control message.
@@ -52,6 +56,25 @@ pub enum Received {
     Reset,
 }
 
+/// The key exchanges that a [`Peer`] knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyExchange {
+    /// Whatever rustls knows, post-quantum hybrids first.
+    Any,
+    /// X25519 alone, as of a peer from before the hybrids.
+    X25519,
+}
+
+impl KeyExchange {
+    fn provider(self) -> Arc<CryptoProvider> {
+        let mut provider = default_provider();
+        if self == KeyExchange::X25519 {
+            provider.kx_groups = vec![X25519];
+        }
+        Arc::new(provider)
+    }
+}
+
 impl Peer {
     /// Shakes hands as a client that shows `credentials` and takes any server. The key need
     /// not be the certificate's.
@@ -60,7 +83,17 @@ impl Peer {
         credentials: Option<&Credentials>,
         alpn: &[&[u8]],
     ) -> Result<Self> {
-        let config = client_config(credentials, alpn)?;
+        Self::connect_by(stream, credentials, alpn, KeyExchange::Any)
+    }
+
+    /// The same, with these key exchanges to choose from.
+    pub fn connect_by(
+        stream: TcpStream,
+        credentials: Option<&Credentials>,
+        alpn: &[&[u8]],
+        key_exchange: KeyExchange,
+    ) -> Result<Self> {
+        let config = client_config(credentials, alpn, key_exchange)?;
         let name = ServerName::IpAddress(stream.peer_addr()?.ip().into());
         Self::establish(
             stream,
@@ -69,8 +102,13 @@ impl Peer {
     }
 
     /// Shakes hands as a server that shows `credentials` and takes any client.
-    pub fn accept(stream: TcpStream, credentials: &Credentials, alpn: &[&[u8]]) -> Result<Self> {
-        let mut config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
+    pub fn accept(
+        stream: TcpStream,
+        credentials: &Credentials,
+        alpn: &[&[u8]],
+        key_exchange: KeyExchange,
+    ) -> Result<Self> {
+        let mut config = ServerConfig::builder_with_provider(key_exchange.provider())
             .with_protocol_versions(&[&TLS13])?
             .with_no_client_auth()
             .with_cert_resolver(Arc::new(certified(credentials)?));
@@ -99,19 +137,27 @@ impl Peer {
                 return Err(error.into());
             }
         }
+        let certificates = tls.peer_certificates().unwrap_or_default().to_vec();
         let secrets = tls.dangerous_extract_secrets()?;
         Ok(Peer {
             stream,
+            certificates,
             sealer: Keys::new(secrets.tx)?,
             opener: Keys::new(secrets.rx)?,
             counter: 0,
         })
     }
 
+    /// The chain that the other side showed, leaf first.
+    pub fn certificates(&self) -> &[CertificateDer<'static>] {
+        &self.certificates
+    }
+
     /// The ClientHello that [`Peer::connect`] begins with, as a record.
     pub fn first_flight(alpn: &[&[u8]]) -> Result<Vec<u8>> {
         let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
-        let mut tls = ClientConnection::new(Arc::new(client_config(None, alpn)?), name)?;
+        let mut tls =
+            ClientConnection::new(Arc::new(client_config(None, alpn, KeyExchange::Any)?), name)?;
         let mut hello = Vec::new();
         while tls.wants_write() {
             tls.write_tls(&mut hello)?;
@@ -214,8 +260,12 @@ fn is_reset(error: &io::Error) -> bool {
     )
 }
 
-fn client_config(credentials: Option<&Credentials>, alpn: &[&[u8]]) -> Result<ClientConfig> {
-    let builder = ClientConfig::builder_with_provider(Arc::new(default_provider()))
+fn client_config(
+    credentials: Option<&Credentials>,
+    alpn: &[&[u8]],
+    key_exchange: KeyExchange,
+) -> Result<ClientConfig> {
+    let builder = ClientConfig::builder_with_provider(key_exchange.provider())
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(AnyServer));
@@ -383,8 +433,9 @@ mod tests {
             .unwrap()
             .issue(&Leaf::of("x"))
             .unwrap();
-        let server =
-            std::thread::spawn(move || Peer::accept(server, &credentials, &[b"a"]).unwrap());
+        let server = std::thread::spawn(move || {
+            Peer::accept(server, &credentials, &[b"a"], KeyExchange::Any).unwrap()
+        });
         let client = Peer::connect(client, None, &[b"a"]).unwrap();
         (client, server.join().unwrap())
     }

@@ -25,6 +25,9 @@ use crate::server::patient;
 /// virtualization. Only a failing test waits that long.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
+/// How long an agent or a control plane may take to end.
+pub const GRACE: Duration = Duration::from_secs(20);
+
 /// Where tunnels arrive in a pod.
 pub const TUNNEL_PORT: u16 = 15008;
 /// Where redirected connections arrive in a pod.
@@ -61,26 +64,7 @@ impl harness::Stage for Stage {
             Ok(binary) => binary,
             Err(reason) => return Ok(Err(reason)),
         };
-        let id = LabId::for_run_of("e2e");
-        let alone = alone(&id)?;
-        // A run that was killed leaves its lab up.
-        ringfence_lab::down(&id).context("removing the lab of an earlier run")?;
-        let mut config = LabConfig::new(id.clone(), Some(binary.clone()));
-        config.blob_bytes = BLOB_BYTES;
-        config.patience = PATIENCE;
-        let lab = Lab::up(&config)?;
-        let baseline = lab.mesh()?.clone();
-        let stage = Stage {
-            lab: Some(lab),
-            id,
-            binary,
-            baseline,
-            _alone: alone,
-        };
-        stage
-            .settle()
-            .context("the lab does not work as it should from the start")?;
-        Ok(Ok(stage))
+        Stage::up("e2e", binary, |config| config.blob_bytes = BLOB_BYTES).map(Ok)
     }
 
     fn after_case(&mut self) -> Result<()> {
@@ -124,6 +108,99 @@ impl harness::Stage for Stage {
 }
 
 impl Stage {
+    fn up(purpose: &str, binary: PathBuf, change: impl FnOnce(&mut LabConfig)) -> Result<Self> {
+        let id = LabId::for_run_of(purpose);
+        let alone = alone(&id)?;
+        // A run that was killed leaves its lab up.
+        ringfence_lab::down(&id).context("removing the lab of an earlier run")?;
+        let mut config = LabConfig::new(id.clone(), Some(binary.clone()));
+        config.patience = PATIENCE;
+        change(&mut config);
+        let lab = Lab::up(&config)?;
+        let baseline = lab.mesh()?.clone();
+        let stage = Stage {
+            lab: Some(lab),
+            id,
+            binary,
+            baseline,
+            _alone: alone,
+        };
+        match stage.settle() {
+            Ok(()) => Ok(stage),
+            Err(error) => {
+                let evidence = harness::Stage::evidence(&stage);
+                harness::Stage::tear_down(stage)?;
+                Err(anyhow::anyhow!(
+                    "the lab does not work as it should from the start: {error:#}\n{evidence}"
+                ))
+            }
+        }
+    }
+
+    /// Runs `work` on a second lab beside this one, which is taken down afterwards. At most
+    /// six letters name it.
+    pub fn beside<T>(
+        &self,
+        purpose: &str,
+        change: impl FnOnce(&mut LabConfig),
+        work: impl FnOnce(&mut Stage) -> Result<T>,
+    ) -> Result<T> {
+        let mut second = Stage::up(purpose, self.binary.clone(), change)
+            .with_context(|| format!("the lab {purpose}"))?;
+        let done = work(&mut second).map_err(|error| {
+            let evidence = harness::Stage::evidence(&second);
+            anyhow::anyhow!("in the lab {purpose}: {error:#}\n{evidence}")
+        });
+        harness::Stage::tear_down(second)?;
+        done
+    }
+
+    /// Runs `work` with changed configuration files of these agents, started anew, which need
+    /// not be ready. Afterwards everything is as before.
+    pub fn with_agents<T>(
+        &mut self,
+        nodes: &[&str],
+        change: impl Fn(&str) -> String,
+        work: impl FnOnce(&mut Stage) -> Result<T>,
+    ) -> Result<T> {
+        let mut before = Vec::new();
+        for node in nodes {
+            let file = self.lab()?.agent_config(node);
+            before.push((*node, std::fs::read_to_string(&file)?, file));
+        }
+        let started = before.iter().try_for_each(|(node, text, file)| {
+            self.restart_agent_with(node, || Ok(std::fs::write(file, change(text))?))
+        });
+        let done = started.and_then(|()| work(self)).map_err(|error| {
+            // The logs of these agents, before others write to them.
+            anyhow::anyhow!("{error:#}\n{}", harness::Stage::evidence(self))
+        });
+        for (node, text, file) in &before {
+            self.restart_agent_with(node, || Ok(std::fs::write(file, text)?))?;
+        }
+        self.lab()?.wait_ready(PATIENCE)?;
+        self.settle()?;
+        done
+    }
+
+    /// Ends an agent, if it runs, and starts it; it need not be ready on return.
+    pub fn restart_agent(&mut self, node: &str) -> Result<()> {
+        self.restart_agent_with(node, || Ok(()))
+    }
+
+    fn restart_agent_with(
+        &mut self,
+        node: &str,
+        meanwhile: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let lab = self.lab_mut()?;
+        if lab.process(node).is_ok() {
+            lab.stop(node, GRACE)?;
+        }
+        meanwhile()?;
+        lab.start_agent(node)
+    }
+
     pub fn lab(&self) -> Result<&Lab> {
         self.lab
             .as_ref()
@@ -308,11 +385,9 @@ pub fn is_reset(outcome: &Outcome) -> Result<()> {
     Ok(())
 }
 
-/// `$RINGFENCE_BIN` (`$RINGFENCE_BINARY` from `cargo xtask test`), else the release build.
+/// `$RINGFENCE_BIN`, else the release build.
 fn find_binary() -> Result<PathBuf, String> {
-    let given = ["RINGFENCE_BIN", "RINGFENCE_BINARY"]
-        .into_iter()
-        .find_map(std::env::var_os);
+    let given = std::env::var_os("RINGFENCE_BIN");
     let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/ringfence");
     let path = given.map_or(built, PathBuf::from);
     path.canonicalize().map_err(|error| {

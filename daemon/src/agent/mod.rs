@@ -23,7 +23,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use ktls_offload::{KernelSuites, RecordLayer, ResetReason, SoftwareReason, Tunnel, TunnelConfig};
@@ -66,6 +66,7 @@ pub struct Agent {
     /// How tunnels are made; `records` is the record layer and why it is that one.
     tunnels: TunnelConfig,
     trust: TrustStore,
+    list_problems: trust::ListProblems,
     key_exchange: KeyExchangePolicy,
     svids: SvidManager,
     mesh: RwLock<Mesh>,
@@ -116,8 +117,14 @@ impl Agent {
     /// The metrics, in OpenMetrics text.
     pub fn metrics_text(&self) -> String {
         let now = status::now().cast_signed();
-        let left =
-            |svid: SvidStatus| Some((svid.identity.spiffe_id().to_string(), svid.not_after? - now));
+        // A revoked certificate has no time left.
+        let left = |svid: SvidStatus| {
+            let left = match svid.state {
+                SvidState::Revoked => 0,
+                _ => svid.not_after? - now,
+            };
+            Some((svid.identity.spiffe_id().to_string(), left))
+        };
         self.metrics
             .set_svids(self.svids.snapshot().into_iter().filter_map(left));
         self.metrics.encode()
@@ -138,6 +145,14 @@ impl Agent {
         // either here or by whoever changed it.
         if judged.is_some_and(|j| j.set != pod.policy.set() && !pod.policy.admits(&j)) {
             handle.cut(ResetReason::PolicyChanged);
+        }
+        // The same for a revocation list.
+        if self
+            .trust
+            .revoked(session.peer(), SystemTime::now())
+            .is_err()
+        {
+            handle.cut(ResetReason::Revoked);
         }
         let end = ktls_offload::relay(app, tunnel, handle).await;
         let outcome = end.outcome.as_str();
@@ -217,6 +232,7 @@ impl Agent {
             },
             pods,
             svids,
+            revocation_lists: trust::describe_lists(self),
             streams: self.activity.streams(),
             handshakes: self.activity.handshakes(),
             policies: policy::describe(&mesh.policies),
@@ -250,7 +266,7 @@ pub async fn run(
     let trust = trust::store(&config)?;
     let source = trust::source(&config, &trust)?;
     let agent = Arc::new(Agent {
-        svids: SvidManager::start(source, trust.bundles().clone(), manager_config(&config)),
+        svids: SvidManager::start(source, trust.clone(), manager_config(&config)),
         key_exchange: trust::key_exchange(&config),
         mesh: RwLock::new(Mesh::new(&config.root_namespace)),
         set_numbers: SetNumbers::after(highest_set),
@@ -260,6 +276,7 @@ pub async fn run(
             ..TunnelConfig::new(record_layer)
         },
         trust,
+        list_problems: trust::ListProblems::default(),
         changed: Notify::new(),
         sync: Synced::default(),
         control_plane: OnceLock::new(),
@@ -377,6 +394,10 @@ async fn retire_tunnels(agent: Arc<Agent>) {
         match events.recv().await {
             Ok(SvidEvent::Renewed { identity, svid, .. }) => {
                 agent.pool.retire(identity.spiffe_id(), svid.serial()).await;
+            }
+            // No tunnel of this identity is to be taken again.
+            Ok(SvidEvent::Revoked { identity, .. }) => {
+                agent.pool.retire(identity.spiffe_id(), "").await;
             }
             Ok(_) => {}
             // Tunnels of an old certificate are not taken any more; they only close later.

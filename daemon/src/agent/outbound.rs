@@ -124,7 +124,7 @@ async fn carry(
         serial: svid.serial().into(),
     };
     let open = Open::new(destination, source)?;
-    if let Some(tunnel) = agent.pool.take(&key, &expected, &agent.trust.aliases()) {
+    if let Some(tunnel) = agent.pool.take(&key, &expected, &agent.trust) {
         agent.metrics.tunnels_reused.inc();
         return Ok((tunnel, key, open));
     }

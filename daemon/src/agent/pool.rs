@@ -3,10 +3,10 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use ktls_offload::Tunnel;
-use ringfence_identity::{SpiffeId, TrustDomainAliases};
+use ringfence_identity::{SpiffeId, TrustStore};
 
 use crate::status;
 
@@ -42,14 +42,16 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// The idle tunnel used last that is still alive and whose peer is still expected.
+    /// The idle tunnel used last that is still alive and whose peer is still expected and
+    /// not revoked.
     pub fn take(
         &self,
         key: &Key,
         expected: &BTreeSet<SpiffeId>,
-        aliases: &TrustDomainAliases,
+        trust: &TrustStore,
     ) -> Option<Tunnel> {
-        let now = status::now().cast_signed();
+        let (now, wall) = (status::now().cast_signed(), SystemTime::now());
+        let aliases = trust.aliases();
         let mut pool = self.lock();
         let idle = pool.get_mut(key)?;
         while let Some(Idle { tunnel, since }) = idle.pop() {
@@ -57,6 +59,7 @@ impl Pool {
                 && tunnel.is_reusable()
                 && tunnel.peer().not_after() > now
                 && expected.iter().any(|e| aliases.same(e, tunnel.peer().id()))
+                && trust.revoked(tunnel.peer(), wall).is_ok()
             {
                 return Some(tunnel);
             }

@@ -1,7 +1,8 @@
 //! Whom we trust and where our own certificates come from, as configured.
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -17,6 +18,7 @@ use tokio::task::JoinSet;
 use super::Agent;
 use super::watch::FileChanges;
 use crate::config::{AgentConfig, KeyExchange, Source};
+use crate::status;
 
 /// How long a source may take to answer.
 const SOURCE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -74,7 +76,7 @@ pub fn source(config: &AgentConfig, trust: &TrustStore) -> anyhow::Result<Arc<dy
                 socket,
                 timeout: SOURCE_TIMEOUT,
             };
-            Arc::new(WorkloadApi::start(config, bundles))
+            Arc::new(WorkloadApi::start(config, trust.clone())?)
         }
     })
 }
@@ -127,7 +129,54 @@ pub fn watch(agent: &Arc<Agent>, tasks: &mut JoinSet<()>) -> anyhow::Result<()> 
     Ok(())
 }
 
-fn read_list(agent: &Agent, domain: &TrustDomain, file: &PathBuf) {
+/// Why a file of revocation lists, as it is now, is not in use; by file.
+#[derive(Debug, Default)]
+pub struct ListProblems(Mutex<BTreeMap<PathBuf, String>>);
+
+impl ListProblems {
+    fn set(&self, file: &Path, problem: Option<String>) {
+        let mut problems = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match problem {
+            Some(problem) => problems.insert(file.to_owned(), problem),
+            None => problems.remove(file),
+        };
+    }
+
+    fn of(&self, file: &Path) -> Option<String> {
+        let problems = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        problems.get(file).cloned()
+    }
+}
+
+/// The configured files of revocation lists, for the status page.
+pub fn describe_lists(agent: &Agent) -> Vec<status::RevocationList> {
+    let (held, now) = (agent.trust.revocation().snapshot(), status::now());
+    let configured = agent.config.identity.revocation_lists.iter();
+    configured
+        .map(|list| {
+            let source = source_name(&list.file);
+            let lists = held
+                .iter()
+                .filter(|h| h.source == source && h.trust_domain.as_str() == list.trust_domain);
+            let next_update = lists.clone().map(|h| h.next_update).min();
+            let state = match next_update {
+                None => "missing",
+                Some(at) if at <= now.cast_signed() => "expired",
+                Some(_) => "in-force",
+            };
+            status::RevocationList {
+                trust_domain: list.trust_domain.clone(),
+                file: source.clone(),
+                state: state.into(),
+                revoked: lists.map(|h| h.revoked).sum(),
+                next_update,
+                error: agent.list_problems.of(&list.file),
+            }
+        })
+        .collect()
+}
+
+fn read_list(agent: &Agent, domain: &TrustDomain, file: &Path) {
     let source = source_name(file);
     let read = std::fs::read(file)
         .map_err(|error| error.to_string())
@@ -135,6 +184,7 @@ fn read_list(agent: &Agent, domain: &TrustDomain, file: &PathBuf) {
             let replaced = agent.trust.revocation().replace(&source, domain, &content);
             replaced.map_err(|error| error.to_string())
         });
+    agent.list_problems.set(file, read.as_ref().err().cloned());
     match read {
         Ok(true) => {
             tracing::info!(%domain, file = %file.display(), "revocation lists are in force")
@@ -158,6 +208,6 @@ fn cut_revoked(agent: &Agent) {
     }
 }
 
-fn source_name(file: &std::path::Path) -> String {
+fn source_name(file: &Path) -> String {
     file.display().to_string()
 }

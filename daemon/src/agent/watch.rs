@@ -1,13 +1,14 @@
 //! Notices that a file changed.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 
 /// Changes of one file. The folder is watched, because editors and atomic writers replace
-/// the file by another one.
+/// the file by another one. In the folder of a ConfigMap the file is a link that never
+/// changes, to a folder whose link does.
 #[derive(Debug)]
 pub struct FileChanges {
     _watcher: RecommendedWatcher,
@@ -23,7 +24,11 @@ impl FileChanges {
         let (sender, changes) = mpsc::channel(1);
         let mut watcher =
             notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-                let concerns = event.is_ok_and(|e| !e.kind.is_access() && e.paths.contains(&file));
+                let named = |path: &PathBuf| *path == file || path.ends_with(CONFIG_MAP_LINK);
+                // An error may stand for events that were lost.
+                let concerns = event.map_or(true, |event| {
+                    event.need_rescan() || !event.kind.is_access() && event.paths.iter().any(named)
+                });
                 if concerns {
                     // A full channel already says so.
                     let _ = sender.try_send(());
@@ -46,3 +51,6 @@ impl FileChanges {
         }
     }
 }
+
+/// What the kubelet renames when a ConfigMap or Secret changes.
+const CONFIG_MAP_LINK: &str = "..data";

@@ -77,6 +77,8 @@ pub struct LabConfig {
     pub patience: Duration,
     /// The agents' and control plane's log filter.
     pub log: String,
+    /// Life time of the certificates that the CA issues, as in the mesh file.
+    pub svid_ttl: String,
 }
 
 impl LabConfig {
@@ -90,6 +92,7 @@ impl LabConfig {
             blob_bytes: 1 << 20,
             patience: Duration::from_secs(60),
             log: "info".into(),
+            svid_ttl: "24h".into(),
         }
     }
 }
@@ -184,7 +187,7 @@ impl Lab {
             lab.children.extend(started);
         }
         if lab.record.binary.is_some() {
-            lab.write_mesh_files()?;
+            lab.write_mesh_files(&config.svid_ttl)?;
             lab.start_control_plane(config.patience)?;
             for node in lab.topology().nodes.clone() {
                 lab.start_agent(&node.name)?;
@@ -403,14 +406,17 @@ impl Lab {
         .into())
     }
 
-    fn write_mesh_files(&mut self) -> Result<()> {
+    fn write_mesh_files(&mut self, svid_ttl: &str) -> Result<()> {
         let dir = self.dir();
         for node in &self.topology().nodes {
             write_secret(&dir.join(format!("{}.token", node.name)), &random_token()?)?;
             std::fs::write(self.agent_config(&node.name), self.agent_yaml(node)?)?;
         }
         let listen = IpAddr::from(self.control_plane_node()?.addresses.0);
-        let mesh = Mesh::of(self.topology(), listen, &dir);
+        let mesh = Mesh {
+            svid_ttl: svid_ttl.to_owned(),
+            ..Mesh::of(self.topology(), listen, &dir)
+        };
         mesh.write(&self.mesh_file())?;
         self.record.mesh = Some(mesh);
         Ok(())

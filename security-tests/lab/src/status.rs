@@ -17,6 +17,7 @@ pub struct Status {
     pub record_layer: RecordLayerStatus,
     pub pods: Vec<PodStatus>,
     pub svids: Vec<Svid>,
+    pub revocation_lists: Vec<RevocationList>,
     pub streams: Vec<Stream>,
     pub handshakes: Vec<Handshake>,
     pub policies: Vec<PolicyStatus>,
@@ -49,11 +50,23 @@ pub struct PodStatus {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Svid {
     pub id: String,
+    pub valid: bool,
     pub state: String,
     pub serial: String,
     pub issuer: String,
     /// Seconds since the epoch.
     pub not_after: u64,
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct RevocationList {
+    pub trust_domain: String,
+    pub state: String,
+    pub revoked: usize,
+    #[serde(default)]
+    pub error: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -105,6 +118,15 @@ impl Status {
     /// The value of a counter; one that has never moved may be missing.
     pub fn counter(&self, name: &str) -> u64 {
         self.counters.get(name).copied().unwrap_or_default()
+    }
+
+    /// The certificate of an identity, given as SPIFFE ID.
+    pub fn svid(&self, id: &str) -> Result<&Svid> {
+        let known = || self.svids.iter().map(|svid| svid.id.as_str());
+        self.svids
+            .iter()
+            .find(|svid| svid.id == id)
+            .with_context(|| format!("no {id} among {:?}", known().collect::<Vec<_>>()))
     }
 
     /// Why the agent is not ready, in one line.

@@ -2,7 +2,6 @@
 //! in plaintext meanwhile.
 
 use std::io::ErrorKind;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -16,7 +15,7 @@ use ringfence_lab::topology::Family;
 use ringfence_security_tests::cases;
 use ringfence_security_tests::harness::{Case, Verdict};
 use ringfence_security_tests::stage::{
-    CLIENT_NODE, CONTROL_PLANE, PATIENCE, SERVER_NODE, Stage, is_answered, is_refused,
+    CLIENT_NODE, CONTROL_PLANE, GRACE, PATIENCE, SERVER_NODE, Stage, is_answered, is_refused,
 };
 
 use crate::wire::{listen, plaintext_frames};
@@ -30,8 +29,6 @@ pub fn cases() -> Vec<Case<Stage>> {
         a_lab_that_is_taken_down_leaves_nothing,
     ]
 }
-
-const GRACE: Duration = Duration::from_secs(20);
 
 /// `kill -9`, and the end of the process.
 fn kill_agent(stage: &Stage, node: &str) -> Result<()> {

@@ -8,21 +8,33 @@
 mod certificates;
 mod configuration;
 mod evasions;
+mod expiry;
 mod handshakes;
+mod identity_sources;
 mod impostor;
+mod key_exchange;
 mod lifecycle;
 mod policy;
+mod revocation;
+mod rotation;
 mod routing;
 mod streams;
 mod traffic;
 mod tunnels;
 mod wire;
+mod workload_api;
 
 use std::process::ExitCode;
 
 use ringfence_security_tests::harness::{self, Arguments};
 
 fn main() -> ExitCode {
+    // A process of a pod, which a case has started.
+    if let [_, flag, socket] = std::env::args().collect::<Vec<_>>().as_slice()
+        && flag == workload_api::CLIENT_FLAG
+    {
+        return workload_api::client(socket);
+    }
     let arguments = Arguments::parse(std::env::args().skip(1));
     let cases: Vec<_> = [
         traffic::cases(),
@@ -36,6 +48,12 @@ fn main() -> ExitCode {
         tunnels::cases(),
         impostor::cases(),
         configuration::cases(),
+        revocation::cases(),
+        workload_api::cases(),
+        key_exchange::cases(),
+        identity_sources::cases(),
+        expiry::cases(),
+        rotation::cases(),
         // These stop parts of the lab, and the last one all of it.
         lifecycle::cases(),
     ]
