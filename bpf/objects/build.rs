@@ -7,7 +7,7 @@ use std::{
     process::{Command, ExitCode},
 };
 
-const OBJECTS: [&str; 2] = ["node", "pod"];
+const OBJECTS: [&str; 3] = ["node", "pod", "guard"];
 const TARGET: &str = "bpfel-unknown-none";
 const SETUP: &str = "run `cargo xtask setup`, which installs what the eBPF build needs";
 

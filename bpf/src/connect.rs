@@ -10,14 +10,16 @@ use aya_ebpf::{
 };
 use ringfence_bpf_common::{
     AGENT_DIAL, AGENT_LAST_HOP, Addr, AgentSocket, AppSocket, Backend, BackendKey, Counter,
-    Endpoint, HOOK_CONNECT, IDENTITY_NONE, POD_READY, Pod, Query, Reason, SOCKET_DIRECT,
-    SOCKET_LAST_HOP, SOCKET_REDIRECTED, Service, Verdict, WORKLOAD_MESH, WORKLOAD_REFUSE,
+    Endpoint, HOOK_CONNECT, IDENTITY_NONE, POD_READY, POD_REGISTRY_ONLY, Pod, Query, Reason,
+    SOCKET_DIRECT, SOCKET_LAST_HOP, SOCKET_REDIRECTED, Service, Verdict, WORKLOAD_MESH,
+    WORKLOAD_REFUSE,
 };
 
 use crate::{
     authorize::judge,
     maps::PODS,
-    node_maps::{AGENT_SOCKS, BACKENDS, SERVICES, WORKLOADS},
+    mesh_maps::{SERVICES, WORKLOADS},
+    node_maps::{AGENT_SOCKS, BACKENDS},
     predicate::same,
     report::{Judged, count, event},
     socket::{self, Family},
@@ -29,13 +31,11 @@ const PASS: i32 = 1;
 
 const SOCK_STREAM: u32 = 1;
 const IPPROTO_TCP: u32 = 6;
-const IPPROTO_MPTCP: u32 = 262;
 const ECONNREFUSED: i32 = 111;
 
 #[inline(always)]
 pub fn decide<F: Family>(ctx: &SockAddrContext) -> i32 {
-    let protocol = socket::protocol(ctx);
-    if socket::kind(ctx) != SOCK_STREAM || (protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP) {
+    if socket::kind(ctx) != SOCK_STREAM || socket::protocol(ctx) != IPPROTO_TCP {
         return PASS;
     }
     let netns = socket::netns(ctx);
@@ -52,7 +52,7 @@ pub fn decide<F: Family>(ctx: &SockAddrContext) -> i32 {
     // SAFETY: as above.
     match unsafe { AGENT_SOCKS.get(call.cookie) } {
         Some(agent) => agent_connect(ctx, agent, &call),
-        None => app_connect::<F>(ctx, protocol == IPPROTO_MPTCP, &call),
+        None => app_connect::<F>(ctx, &call),
     }
 }
 
@@ -116,6 +116,7 @@ fn agent_connect(ctx: &SockAddrContext, agent: &AgentSocket, call: &Call<'_>) ->
         source: &Endpoint::new(agent.source, 0),
         destination: asked,
         identity: agent.identity,
+        set: pod.policy_set,
         verdict,
     });
     if !verdict.allows() {
@@ -133,7 +134,7 @@ fn agent_connect(ctx: &SockAddrContext, agent: &AgentSocket, call: &Call<'_>) ->
 
 /// A connect of an application.
 #[inline(always)]
-fn app_connect<F: Family>(ctx: &SockAddrContext, mptcp: bool, call: &Call<'_>) -> i32 {
+fn app_connect<F: Family>(ctx: &SockAddrContext, call: &Call<'_>) -> i32 {
     socket::forget(ctx);
     let (pod, asked) = (call.pod, &call.asked);
     if asked.addr.is_loopback() || asked.addr.is_unspecified() || is_pods_own(pod, &asked.addr) {
@@ -154,9 +155,10 @@ fn app_connect<F: Family>(ctx: &SockAddrContext, mptcp: bool, call: &Call<'_>) -
         // SAFETY: as above.
         let flags = match unsafe { WORKLOADS.get(asked.addr) } {
             Some(workload) => workload.flags,
+            None if pod.flags & POD_REGISTRY_ONLY != 0 => return egress_refused(call),
             None => 0,
         };
-        return route::<F>(ctx, mptcp, call, asked, flags, false);
+        return route::<F>(ctx, call, asked, flags, false);
     };
     let backend = match pick(service) {
         Some(backend) => backend,
@@ -167,14 +169,13 @@ fn app_connect<F: Family>(ctx: &SockAddrContext, mptcp: bool, call: &Call<'_>) -
             None => return no_endpoint(),
         },
     };
-    route::<F>(ctx, mptcp, call, &backend.endpoint, backend.flags, true)
+    route::<F>(ctx, call, &backend.endpoint, backend.flags, true)
 }
 
 /// Sends the connect towards `target`.
 #[inline(always)]
 fn route<F: Family>(
     ctx: &SockAddrContext,
-    mptcp: bool,
     call: &Call<'_>,
     target: &Endpoint,
     flags: u32,
@@ -202,9 +203,8 @@ fn route<F: Family>(
         return PASS;
     }
 
-    // A socket bound to a device would not reach a local address through it, and an
-    // MPTCP connection is another socket than the one that the record is kept with.
-    if mptcp || socket::bound_to_device(ctx) {
+    // A socket bound to a device would not reach a local address through it.
+    if socket::bound_to_device(ctx) {
         count(Counter::Refused);
         return REFUSE;
     }
@@ -249,6 +249,30 @@ fn no_endpoint() -> i32 {
     count(Counter::NoEndpoint);
     // SAFETY: the helper has no precondition. Should it fail, the error is EPERM.
     unsafe { bpf_set_retval(-ECONNREFUSED) };
+    REFUSE
+}
+
+/// A registry-only pod asked for what the registry does not know.
+#[inline(always)]
+fn egress_refused(call: &Call<'_>) -> i32 {
+    count(Counter::EgressRefused);
+    let own = if call.asked.addr.is_v4() {
+        call.pod.addr4
+    } else {
+        call.pod.addr6
+    };
+    event(&Judged {
+        netns: call.netns,
+        hook: HOOK_CONNECT,
+        source: &Endpoint::new(own, 0),
+        destination: &call.asked,
+        identity: IDENTITY_NONE,
+        set: 0,
+        verdict: Verdict {
+            reason: Reason::EgressRefused,
+            term: Verdict::NO_TERM,
+        },
+    });
     REFUSE
 }
 

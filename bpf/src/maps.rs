@@ -4,11 +4,10 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{HashMap, LpmTrie, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf},
 };
 use ringfence_bpf_common::{
-    COUNTERS as COUNTER_COUNT, Flow, IdentityKey, MASK_WORDS, Mask, Pod, PolicySet, PortKey,
-    SourceKey,
+    Block, COUNTERS as COUNTER_COUNT, Flow, IdentityKey, Mask, Pod, PolicySet, PortKey, SourceKey,
 };
 
 /// Network namespace cookie → the enrolled pod.
@@ -20,18 +19,17 @@ pub static POLICY_SETS: HashMap<u32, PolicySet> = HashMap::pinned(4096, BPF_F_NO
 
 #[map]
 pub static POLICY_IDENTITIES: HashMap<IdentityKey, Mask> =
-    HashMap::pinned(262_144, BPF_F_NO_PREALLOC);
-
-/// The words of a [`Mask`]: the trie stores its value right behind the 20 bytes of key
-/// data, where a 64-bit word would not be aligned.
-pub type SourceMask = [u32; 2 * MASK_WORDS];
+    HashMap::pinned(1 << 20, BPF_F_NO_PREALLOC);
 
 #[map]
-pub static POLICY_SOURCES: LpmTrie<SourceKey, SourceMask> =
-    LpmTrie::pinned(65_536, BPF_F_NO_PREALLOC);
+pub static POLICY_SOURCES: LpmTrie<SourceKey, Mask> = LpmTrie::pinned(1 << 20, BPF_F_NO_PREALLOC);
 
 #[map]
-pub static POLICY_PORTS: HashMap<PortKey, Mask> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+pub static POLICY_PORTS: HashMap<PortKey, Mask> = HashMap::pinned(1 << 18, BPF_F_NO_PREALLOC);
+
+/// The blocks that masks refer to: 8 MiB, allocated at once.
+#[map]
+pub static POLICY_BLOCKS: Array<Block> = Array::pinned(1 << 18, 0);
 
 /// Last hops that were admitted → cookie of the agent's socket. Written before the SYN
 /// leaves, removed when the connection ends.

@@ -6,20 +6,10 @@ use aya_ebpf::{
     macros::{btf_map, map},
     maps::HashMap,
 };
-use ringfence_bpf_common::{
-    AgentSocket, AppSocket, Backend, BackendKey, Flow, OriginalDst, Service, ServiceKey, Workload,
-};
-
-use ringfence_bpf_common::Addr;
-
-#[map]
-pub static SERVICES: HashMap<ServiceKey, Service> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+use ringfence_bpf_common::{AgentSocket, AppSocket, Backend, BackendKey, Flow, OriginalDst};
 
 #[map]
 pub static BACKENDS: HashMap<BackendKey, Backend> = HashMap::pinned(262_144, BPF_F_NO_PREALLOC);
-
-#[map]
-pub static WORKLOADS: HashMap<Addr, Workload> = HashMap::pinned(262_144, BPF_F_NO_PREALLOC);
 
 #[map]
 pub static AGENT_SOCKS: HashMap<u64, AgentSocket> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);

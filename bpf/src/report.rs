@@ -20,6 +20,8 @@ pub struct Judged<'a> {
     pub source: &'a Endpoint,
     pub destination: &'a Endpoint,
     pub identity: u32,
+    /// The policy set that was asked; 0 for none.
+    pub set: u32,
     pub verdict: Verdict,
 }
 
@@ -37,7 +39,7 @@ pub fn event(judged: &Judged<'_>) {
         reason: judged.verdict.reason as u16,
         term: judged.verdict.term,
         hook: judged.hook,
-        pad: 0,
+        set: judged.set,
     });
     slot.submit(0);
 }

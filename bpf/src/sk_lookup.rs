@@ -82,6 +82,7 @@ pub fn ringfence_wire(ctx: SkLookupContext) -> u32 {
         source: &source,
         destination: &destination,
         identity: IDENTITY_NONE,
+        set: pod.map_or(0, |pod| pod.policy_set),
         verdict,
     });
     if verdict.allows() {

@@ -1,6 +1,8 @@
 //! Records under the 4-tuple, which is known here and the SYN has not left yet: the
 //! original destination of a redirected connection, which the agent looks up at
-//! `accept`, and the last hops that were admitted, which `sk_lookup` lets in.
+//! `accept`, and the last hops that were admitted, which `sk_lookup` lets in. And the
+//! connections that were admitted in plaintext, once they are established: before the
+//! application can accept them.
 
 use core::{
     ffi::c_void,
@@ -9,12 +11,13 @@ use core::{
 };
 
 use aya_ebpf::{
+    EbpfContext as _,
     bindings::{
-        BPF_ANY, BPF_NOEXIST, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1,
-        BPF_TCP_SYN_SENT, bpf_sock_ops,
+        BPF_ANY, BPF_EXIST, BPF_NOEXIST, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, BPF_TCP_SYN_SENT, bpf_sock_ops,
     },
-    helpers::bpf_sk_storage_get,
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_storage_get},
     macros::sock_ops,
     programs::SockOpsContext,
 };
@@ -24,8 +27,10 @@ use ringfence_bpf_common::{
 
 use crate::{
     context::{load_addr, load_pointer, load_u32},
-    maps::LAST_HOPS,
+    maps::{LAST_HOPS, PODS},
+    mesh_maps::PLAINTEXT,
     node_maps::{ORIGINAL_DST, SOCKS},
+    predicate::same,
     report::count,
 };
 
@@ -37,6 +42,7 @@ const EEXIST: i32 = 17;
 pub fn ringfence_tcp(ctx: SockOpsContext) -> u32 {
     match field(&ctx, Field::Op) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ctx),
         BPF_SOCK_OPS_STATE_CB => closing(&ctx),
         _ => {}
     }
@@ -62,9 +68,55 @@ fn connecting(ctx: &SockOpsContext) {
         }
         _ => return,
     }
-    // Both go away again with the connection.
+    tell_the_end(ctx);
+}
+
+/// Lets [`closing`] be called: the records go away with the connection.
+#[inline(always)]
+fn tell_the_end(ctx: &SockOpsContext) {
     let flags = field(ctx, Field::CallbackFlags) | BPF_SOCK_OPS_STATE_CB_FLAG;
     let _ = ctx.set_cb_flags(flags as i32);
+}
+
+/// A connection to a listener is established: in plaintext from the wire, unless it is a
+/// tunnel, a last hop or the pod's own.
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext) {
+    // SAFETY: the helper takes this context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // SAFETY: read-only, inside the RCU read section that the program runs in.
+    let Some(pod) = (unsafe { PODS.get(netns) }) else {
+        return;
+    };
+    let Flow {
+        source: local,
+        listener: remote,
+        ..
+    } = flow(ctx, netns);
+    if local.port == pod.inbound_port
+        || local.port == pod.outbound_port
+        || remote.addr.is_loopback()
+        || same(&remote.addr, &pod.addr4)
+        || same(&remote.addr, &pod.addr6)
+    {
+        return;
+    }
+    let flow = Flow {
+        netns,
+        source: remote,
+        listener: local,
+    };
+    if LAST_HOPS.get_ptr(flow).is_some() {
+        return;
+    }
+    // SAFETY: the helper takes this context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    if PLAINTEXT.insert(flow, cookie, u64::from(BPF_ANY)).is_err() {
+        // The agent still finds it among the namespace's sockets.
+        count(Counter::NoRoom);
+        return;
+    }
+    tell_the_end(ctx);
 }
 
 #[inline(always)]
@@ -91,25 +143,63 @@ fn record_original(flow: Flow, app: &AppSocket) {
     }
 }
 
-/// Removes the record of a connection that failed before the agent accepted it (an
-/// orderly close keeps it: what was sent still waits to be accepted), and the entry of a
-/// last hop that ended.
+/// Removes the record of a connection that was refused, spoils that of one which was
+/// aborted before the agent accepted it (an orderly close keeps it: what was sent still
+/// waits to be accepted), and removes the entry of a last hop or of a plaintext connection
+/// that ended.
 #[inline(always)]
 fn closing(ctx: &SockOpsContext) {
     if field(ctx, Field::To) != BPF_TCP_CLOSE {
         return;
     }
     let Some(state) = state(ctx) else {
-        return;
+        return forget_accepted(ctx);
     };
     let from = field(ctx, Field::From);
-    let aborted =
-        from == BPF_TCP_SYN_SENT || from == BPF_TCP_ESTABLISHED || from == BPF_TCP_FIN_WAIT1;
     let flow = flow(ctx, state.netns);
     if state.kind == SOCKET_LAST_HOP {
         let _ = LAST_HOPS.remove(flow);
-    } else if state.kind == SOCKET_REDIRECTED && aborted {
-        let _ = ORIGINAL_DST.remove(flow);
+    } else if state.kind == SOCKET_REDIRECTED {
+        match from {
+            // The agent's end has not come about.
+            BPF_TCP_SYN_SENT => {
+                let _ = ORIGINAL_DST.remove(flow);
+            }
+            // It may wait in the agent's backlog, with bytes that can still be read. Were
+            // there no record, the next connection's from this port would be taken for its own.
+            BPF_TCP_ESTABLISHED | BPF_TCP_FIN_WAIT1 => {
+                let nobodys = OriginalDst {
+                    asked: state.asked,
+                    backend: state.backend,
+                    cookie: 0,
+                };
+                let _ = ORIGINAL_DST.insert(flow, nobodys, u64::from(BPF_EXIST));
+            }
+            _ => {}
+        }
+    }
+}
+
+#[inline(always)]
+fn forget_accepted(ctx: &SockOpsContext) {
+    // SAFETY: the helpers take this context.
+    let (netns, cookie) = unsafe {
+        (
+            bpf_get_netns_cookie(ctx.as_ptr()),
+            bpf_get_socket_cookie(ctx.as_ptr()),
+        )
+    };
+    let Flow {
+        source, listener, ..
+    } = flow(ctx, netns);
+    let flow = Flow {
+        netns,
+        source: listener,
+        listener: source,
+    };
+    // SAFETY: read-only, inside the RCU read section that the program runs in.
+    if unsafe { PLAINTEXT.get(flow) } == Some(&cookie) {
+        let _ = PLAINTEXT.remove(flow);
     }
 }
 

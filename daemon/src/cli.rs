@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::AgentConfig;
-use crate::{admin, agent, status};
+use crate::{admin, agent, authz, status};
 
 /// A per-node zero-trust security plane: transparent mutual TLS with kernel records,
 /// L4 authorization in eBPF.
@@ -84,6 +84,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show which policies decide about connections to the workloads of this node.
+    Policies(authz::PoliciesCommand),
+    /// Explain decisions, try manifests without applying them, show verdicts.
+    #[command(subcommand)]
+    Authz(authz::AuthzCommand),
     /// Remove what an agent pinned in the kernel: interception and enforcement end. Pods
     /// that were enrolled send plaintext from then on.
     Uninstall {
@@ -196,6 +201,8 @@ async fn dispatch(command: Command) -> anyhow::Result<()> {
                 status::certificates(&svids)
             })
         }
+        Command::Policies(command) => authz::policies(command).await,
+        Command::Authz(command) => authz::authz(command).await,
         Command::Uninstall { pin_dir } => {
             ringfence_datapath::remove(&pin_dir)?;
             println!("removed {}", pin_dir.display());

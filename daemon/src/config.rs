@@ -25,9 +25,22 @@ pub struct AgentConfig {
     /// Where certificates come from and how peers are verified.
     #[serde(default)]
     pub identity: Identity,
+    /// How long new connections wait for a policy that their workload names and that has
+    /// not arrived, in seconds; then they are refused. 0: they do not wait.
+    #[serde(default = "default_policy_hold")]
+    pub policy_hold_seconds: u64,
+    /// Where pods may connect to. Followed while the agent runs.
+    #[serde(default)]
+    pub egress: Egress,
+    /// What becomes of a pod whose packets cannot be guarded at the host side.
+    #[serde(default)]
+    pub packet_guard: PacketGuard,
     /// Which record layer protects tunnels.
     #[serde(default)]
     pub record_layer: RecordLayerChoice,
+    /// Which of the kernel's verdicts are written down, and where.
+    #[serde(default)]
+    pub audit: Audit,
     /// Unix socket of `ringfence status`.
     #[serde(default = "default_admin_socket")]
     pub admin_socket: PathBuf,
@@ -179,6 +192,121 @@ pub enum KeyExchange {
     RequirePostQuantum,
 }
 
+/// Outbound modes: one for the node, and others for namespaces and workloads.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Egress {
+    /// For whatever `overrides` does not name.
+    #[serde(default)]
+    pub mode: OutboundMode,
+    /// The most specific one counts.
+    #[serde(default)]
+    pub overrides: Vec<EgressOverride>,
+}
+
+/// The outbound mode of a namespace, or of one workload in it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EgressOverride {
+    /// The namespace.
+    pub namespace: String,
+    /// The workload; all of the namespace when absent.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Its mode.
+    pub mode: OutboundMode,
+}
+
+/// What a pod may connect to besides the workloads and services of the registry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OutboundMode {
+    /// Anything; in plaintext.
+    #[default]
+    AllowAny,
+    /// Nothing: an address, or a port of a service, that the control plane has not
+    /// announced is refused.
+    RegistryOnly,
+}
+
+impl Egress {
+    /// The mode of a workload.
+    pub fn mode(&self, namespace: &str, name: &str) -> OutboundMode {
+        let of = |wanted: Option<&str>| {
+            self.overrides
+                .iter()
+                .find(|o| o.namespace == namespace && o.name.as_deref() == wanted)
+        };
+        of(Some(name))
+            .or_else(|| of(None))
+            .map_or(self.mode, |found| found.mode)
+    }
+}
+
+/// What becomes of a pod that has a device without a host side on this node (macvlan,
+/// ipvlan, SR-IOV, host network).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PacketGuard {
+    /// It is served; `ringfence status` says that its guard is off, and why.
+    #[default]
+    Auto,
+    /// It is held: it connects to nothing and nothing is admitted.
+    Require,
+}
+
+/// The audit log: one JSON object a line.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Audit {
+    /// Which verdicts.
+    #[serde(default)]
+    pub verdicts: AuditedVerdicts,
+    /// The file; standard output when absent.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
+    /// Size at which a file is put aside as `path.1`, which becomes `path.2`, and so on.
+    #[serde(default = "default_audit_megabytes")]
+    pub max_megabytes: u64,
+    /// Files kept, the current one included.
+    #[serde(default = "default_audit_files")]
+    pub files: u32,
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        Audit {
+            verdicts: AuditedVerdicts::default(),
+            path: None,
+            max_megabytes: default_audit_megabytes(),
+            files: default_audit_files(),
+        }
+    }
+}
+
+impl Audit {
+    /// Where it goes, for messages.
+    pub fn name(&self) -> String {
+        match &self.path {
+            Some(path) => path.display().to_string(),
+            None => "on standard output".into(),
+        }
+    }
+}
+
+/// Which verdicts the audit log has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AuditedVerdicts {
+    /// None. `ringfence authz log` and the metrics have them all the same.
+    #[default]
+    Off,
+    /// Refusals.
+    Denied,
+    /// All.
+    All,
+}
+
 /// A pod to enrol, known by its network namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -206,6 +334,15 @@ pub enum RecordLayerChoice {
 
 fn default_root_namespace() -> String {
     "ringfence-system".into()
+}
+fn default_policy_hold() -> u64 {
+    5
+}
+fn default_audit_megabytes() -> u64 {
+    64
+}
+fn default_audit_files() -> u32 {
+    5
 }
 fn default_cluster() -> String {
     "Kubernetes".into()
@@ -285,6 +422,11 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 impl AgentConfig {
+    /// How long new connections wait for a policy that has not arrived.
+    pub fn policy_hold(&self) -> Duration {
+        Duration::from_secs(self.policy_hold_seconds)
+    }
+
     /// Reads and checks a file; nothing of a bad file is used.
     pub fn load(file: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(file).map_err(|source| ConfigError::Read {
@@ -334,6 +476,30 @@ impl AgentConfig {
         if self.identity.workload_api_socket.is_some() && self.identity.source != Source::Ca {
             let expected = "needs `identity.source: ca`: other sources give no second key";
             return bad("identity.workload_api_socket".into(), expected.into());
+        }
+        if self.audit.max_megabytes == 0 || self.audit.files == 0 {
+            return bad(
+                "audit".into(),
+                "`max_megabytes` and `files` must not be 0".into(),
+            );
+        }
+        if self
+            .audit
+            .path
+            .as_ref()
+            .is_some_and(|path| !path.is_absolute())
+        {
+            return bad("audit.path".into(), "must be an absolute path".into());
+        }
+        for (i, egress) in self.egress.overrides.iter().enumerate() {
+            let same = |other: &&EgressOverride| {
+                (&other.namespace, &other.name) == (&egress.namespace, &egress.name)
+            };
+            if self.egress.overrides.iter().take(i).any(|o| same(&o)) {
+                let name = egress.name.as_deref().unwrap_or("*");
+                let expected = format!("{}/{name} is listed twice", egress.namespace);
+                return bad(format!("egress.overrides[{i}]"), expected);
+            }
         }
         for (i, pod) in self.pods.iter().enumerate() {
             for (name, value) in [("namespace", &pod.namespace), ("name", &pod.name)] {
@@ -385,6 +551,7 @@ pods:
         let config = parse(GOOD).unwrap();
         assert_eq!(config.root_namespace, "ringfence-system");
         assert_eq!(config.record_layer, RecordLayerChoice::Auto);
+        assert_eq!(config.policy_hold(), Duration::from_secs(5));
         assert_eq!(config.control_plane.ca(), "https://10.77.0.1:15012");
     }
 
@@ -424,12 +591,55 @@ pods:
     }
 
     #[test]
+    fn most_specific_outbound_mode_counts() {
+        let text = format!(
+            "{GOOD}egress:\n  mode: registry-only\n  overrides:\n\
+             \x20 - {{namespace: demo, mode: allow-any}}\n\
+             \x20 - {{namespace: demo, name: batch, mode: registry-only}}\n"
+        );
+        let egress = parse(&text).unwrap().egress;
+        assert_eq!(egress.mode("demo", "batch"), OutboundMode::RegistryOnly);
+        assert_eq!(egress.mode("demo", "web"), OutboundMode::AllowAny);
+        assert_eq!(egress.mode("other", "batch"), OutboundMode::RegistryOnly);
+        let default = parse(GOOD).unwrap().egress;
+        assert_eq!(default.mode("demo", "web"), OutboundMode::AllowAny);
+    }
+
+    #[test]
+    fn outbound_mode_named_twice_is_refused() {
+        let twice = "{namespace: demo, mode: allow-any}";
+        let text = format!("{GOOD}egress: {{overrides: [{twice}, {twice}]}}\n");
+        let error = parse(&text).unwrap_err().to_string();
+        assert!(error.contains("egress.overrides[1]"), "{error}");
+        assert!(parse(&format!("{GOOD}egress: {{mode: deny}}\n")).is_err());
+    }
+
+    #[test]
     fn exported_keys_need_a_source_that_can_make_them() {
         let text = format!(
             "{GOOD}identity: {{source: {{spire: {{socket: /x}}}}, workload_api_socket: /y}}\n"
         );
         let error = parse(&text).unwrap_err().to_string();
         assert!(error.contains("identity.workload_api_socket"), "{error}");
+    }
+
+    #[test]
+    fn audit_log_is_off_by_default_and_bounded() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.audit, Audit::default());
+        assert_eq!(config.audit.verdicts, AuditedVerdicts::Off);
+        let audit = |yaml: &str| parse(&format!("{GOOD}audit: {{{yaml}}}\n"));
+        let config = audit("verdicts: denied, path: /var/log/a.jsonl, files: 1").unwrap();
+        assert_eq!(config.audit.max_megabytes, 64);
+        for bad in [
+            "verdicts: some",
+            "files: 0",
+            "max_megabytes: 0",
+            "path: a.jsonl",
+            "size: 1",
+        ] {
+            assert!(audit(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -26,6 +26,9 @@ pub struct Status {
     pub handshakes: Vec<Handshake>,
     pub policies: Vec<Policy>,
     pub counters: BTreeMap<String, u64>,
+    /// What this node cannot do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -59,6 +62,8 @@ pub struct Pod {
     pub addresses: Vec<IpAddr>,
     pub identity: String,
     pub policy_set: u32,
+    /// Whether the guard at the host side of its devices is `on`, or why not.
+    pub guard: String,
     pub ready: bool,
     /// Why it is not ready, or a restriction that holds although it is.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -175,6 +180,10 @@ impl Status {
             self.record_layer.mode, self.record_layer.reason
         )?;
 
+        for warning in &self.warnings {
+            writeln!(out, "  WARNING        {warning}")?;
+        }
+
         let rows = |p: &Pod| {
             let addresses: Vec<_> = p.addresses.iter().map(ToString::to_string).collect();
             vec![
@@ -186,13 +195,14 @@ impl Status {
                 } else {
                     "NOT READY".into()
                 },
+                p.guard.clone(),
                 p.reason.clone().unwrap_or_default(),
             ]
         };
         table(
             out,
             "pods",
-            &["pod", "addresses", "identity", "state", "reason"],
+            &["pod", "addresses", "identity", "state", "guard", "reason"],
             self.pods.iter().map(rows),
         )?;
         out.push_str(&certificates(&self.svids));

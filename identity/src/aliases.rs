@@ -18,7 +18,9 @@ use crate::spiffe_id::{SpiffeId, TrustDomain};
 /// * **Revocation.** The lists of the domain that the ID names apply.
 /// * **Expected identities.** Two IDs of one group with the same path are the
 ///   same identity: whoever is expected under one name may appear under another.
-/// * **Policy.** [`canonical`](Self::canonical) gives the ID to judge by.
+/// * **Policy.** A peer is judged by every name of its [`group`](Self::group): a policy
+///   that names it in any of these domains means it. [`canonical`](Self::canonical) is
+///   the ID under which it is counted.
 ///
 /// Hence every CA of a group is trusted to name every workload of the group.
 /// Put domains into one group only if they are the same mesh, before and after
@@ -68,7 +70,24 @@ impl TrustDomainAliases {
             .clone()
     }
 
-    /// The same path in the canonical domain: what policy compares.
+    /// Every name of the domain's group, the domain itself included.
+    pub fn group<'a>(
+        &'a self,
+        trust_domain: &TrustDomain,
+    ) -> impl Iterator<Item = TrustDomain> + use<'a> {
+        let canonical = self.canonical_domain(trust_domain);
+        let aliases = self
+            .canonical
+            .iter()
+            .filter({
+                let canonical = canonical.clone();
+                move |(_, of)| **of == canonical
+            })
+            .map(|(alias, _)| alias.clone());
+        std::iter::once(canonical).chain(aliases)
+    }
+
+    /// The same path in the canonical domain: what stands for the identity.
     pub fn canonical(&self, id: &SpiffeId) -> SpiffeId {
         match self.canonical.get(&id.trust_domain()) {
             Some(canonical) => id.in_trust_domain(canonical),
@@ -158,6 +177,11 @@ mod tests {
             assert!(!aliases.same(&id(other), &new), "{other}");
         }
         assert_eq!(aliases.pairs().count(), 2);
+        for member in ["new", "old", "older"] {
+            let group: Vec<TrustDomain> = aliases.group(&td(member)).collect();
+            assert_eq!(group, [td("new"), td("old"), td("older")], "{member}");
+        }
+        assert!(aliases.group(&td("else")).eq([td("else")]));
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub struct Clause {
 pub struct Match {
     pub namespaces: Vec<StringMatch>,
     pub not_namespaces: Vec<StringMatch>,
-    /// Compared with [`Peer::principal`]: without `spiffe://`, trust domain included.
+    /// Compared with [`Peer::principals`]: without `spiffe://`, trust domain included.
     pub principals: Vec<StringMatch>,
     pub not_principals: Vec<StringMatch>,
     pub service_accounts: Vec<ServiceAccountMatch>,
@@ -85,7 +85,7 @@ impl Match {
 }
 
 /// A string pattern. Build it with the constructors, which refuse empty strings.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StringMatch {
     Exact(String),
@@ -154,7 +154,7 @@ impl fmt::Display for StringMatch {
 }
 
 /// A Kubernetes service account, in any trust domain.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 pub struct ServiceAccountMatch {
     pub namespace: String,
     pub service_account: String,

@@ -16,6 +16,9 @@ pub struct Peer {
     principal: String,
     trust_domain: String,
     account: Option<Account>,
+    /// The principals under which the same identity is known in other trust domains.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    aliases: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -25,13 +28,46 @@ struct Account {
 }
 
 impl Peer {
-    /// The SPIFFE ID without `spiffe://`: what `principals` are compared with. Never empty.
+    /// The SPIFFE ID without `spiffe://`. Never empty.
     pub fn principal(&self) -> &str {
         &self.principal
     }
 
     pub fn trust_domain(&self) -> &str {
         &self.trust_domain
+    }
+
+    /// Every name that `principals` are compared with: a positive list holds when it has
+    /// any of them, and so does what a `not_` list excludes.
+    pub fn principals(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(&self.principal)
+            .chain(&self.aliases)
+            .map(String::as_str)
+    }
+
+    /// The same identity, known by the same path in these trust domains too.
+    ///
+    /// For trust-domain aliases, which are local configuration: whichever name of the
+    /// trust domain a policy was written with, before or after a renaming, it means this
+    /// peer. Without that a DENY policy that has the other name would admit it.
+    pub fn with_aliases<T: AsRef<str>>(
+        mut self,
+        trust_domains: impl IntoIterator<Item = T>,
+    ) -> Result<Self, PeerError> {
+        let path = self.principal.split_once('/').map(|(_, path)| path);
+        let suffix = path.map_or_else(String::new, |path| format!("/{path}"));
+        for trust_domain in trust_domains {
+            let trust_domain = trust_domain.as_ref();
+            if !is_trust_domain(trust_domain) {
+                return Err(PeerError::TrustDomain(trust_domain.to_owned()));
+            }
+            let principal = format!("{trust_domain}{suffix}");
+            if !self.principals().any(|known| known == principal) {
+                self.aliases.push(principal);
+            }
+        }
+        self.aliases.sort_unstable();
+        Ok(self)
     }
 
     /// The Kubernetes namespace, for an ID of the form `spiffe://TD/ns/NS/sa/SA`.
@@ -65,9 +101,7 @@ impl FromStr for Peer {
             Some((trust_domain, path)) => (trust_domain, Some(path)),
             None => (principal, None),
         };
-        let in_trust_domain =
-            |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b".-_".contains(&b);
-        if !(1..=255).contains(&trust_domain.len()) || !trust_domain.bytes().all(in_trust_domain) {
+        if !is_trust_domain(trust_domain) {
             return Err(PeerError::TrustDomain(id.to_owned()));
         }
         if path.is_some_and(|path| !path.split('/').all(is_segment)) {
@@ -95,6 +129,7 @@ impl FromStr for Peer {
             principal: principal.to_owned(),
             trust_domain: trust_domain.to_owned(),
             account,
+            aliases: Vec::new(),
         })
     }
 }
@@ -107,6 +142,11 @@ impl fmt::Display for Peer {
 
 /// SPIFFE-ID §2.3: the most that every implementation must take.
 const MAX_ID_BYTES: usize = 2048;
+
+fn is_trust_domain(name: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b".-_".contains(&b);
+    (1..=255).contains(&name.len()) && name.bytes().all(allowed)
+}
 
 fn is_segment(segment: &str) -> bool {
     !matches!(segment, "" | "." | "..")
@@ -148,6 +188,37 @@ mod tests {
                 "{id}"
             );
             assert_eq!(format!("spiffe://{}", peer.principal()), id);
+        }
+    }
+
+    #[test]
+    fn aliases_are_other_names_with_the_same_path() {
+        let peer: Peer = "spiffe://new/ns/shop/sa/cart".parse().unwrap();
+        let known = peer
+            .clone()
+            .with_aliases(["old", "new", "old", "older"])
+            .unwrap();
+        assert_eq!(
+            known.principals().collect::<Vec<_>>(),
+            [
+                "new/ns/shop/sa/cart",
+                "old/ns/shop/sa/cart",
+                "older/ns/shop/sa/cart"
+            ]
+        );
+        assert_eq!(known.principal(), peer.principal());
+        assert_eq!(known.namespace(), Some("shop"));
+        assert_eq!(peer.principals().count(), 1);
+        let bare: Peer = "spiffe://new".parse().unwrap();
+        let bare = bare.with_aliases(["old"]).unwrap();
+        assert_eq!(bare.principals().collect::<Vec<_>>(), ["new", "old"]);
+    }
+
+    #[test]
+    fn alias_that_is_no_trust_domain_is_refused() {
+        let peer: Peer = "spiffe://new/ns/shop/sa/cart".parse().unwrap();
+        for name in ["", "OLD", "old/ns", "*"] {
+            assert!(peer.clone().with_aliases([name]).is_err(), "{name}");
         }
     }
 

@@ -118,26 +118,27 @@ fn judge(
     }
 }
 
-fn rule_matches(rule: &Rule, connection: &Connection<'_>) -> bool {
+pub(crate) fn rule_matches(rule: &Rule, connection: &Connection<'_>) -> bool {
     rule.clauses
         .iter()
         .all(|clause| clause_matches(clause, connection))
 }
 
-fn clause_matches(clause: &Clause, connection: &Connection<'_>) -> bool {
+pub(crate) fn clause_matches(clause: &Clause, connection: &Connection<'_>) -> bool {
     clause.matches.is_empty() || clause.matches.iter().any(|m| match_holds(m, connection))
 }
 
-fn match_holds(m: &Match, connection: &Connection<'_>) -> bool {
+pub(crate) fn match_holds(m: &Match, connection: &Connection<'_>) -> bool {
     if m.is_empty() {
         return false;
     }
     let namespace = connection.peer.and_then(Peer::namespace);
-    let principal = connection.peer.map(Peer::principal);
     field(&m.namespaces, &m.not_namespaces, |v| {
         namespace.is_some_and(|n| v.matches(n))
     }) && field(&m.principals, &m.not_principals, |v| {
-        principal.is_some_and(|p| v.matches(p))
+        connection
+            .peer
+            .is_some_and(|peer| peer.principals().any(|p| v.matches(p)))
     }) && field(&m.service_accounts, &m.not_service_accounts, |v| {
         connection.peer.is_some_and(|peer| v.matches(peer))
     }) && field(&m.source_ips, &m.not_source_ips, |v| {
@@ -150,6 +151,6 @@ fn match_holds(m: &Match, connection: &Connection<'_>) -> bool {
 }
 
 /// A field and its `not_` twin.
-fn field<T>(values: &[T], not_values: &[T], holds: impl Fn(&T) -> bool) -> bool {
+pub(crate) fn field<T>(values: &[T], not_values: &[T], holds: impl Fn(&T) -> bool) -> bool {
     (values.is_empty() || values.iter().any(&holds)) && !not_values.iter().any(&holds)
 }

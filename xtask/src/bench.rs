@@ -2,6 +2,7 @@
 
 mod identity;
 mod mesh;
+mod policy;
 
 use std::process::ExitCode;
 
@@ -23,6 +24,8 @@ enum What {
     Mesh(mesh::Arguments),
     /// Handshakes by key type and key exchange, the verifier alone, memory of SVIDs
     Identity(identity::Arguments),
+    /// Verdicts in the kernel, cost of policies, time from a push to enforcement
+    Policy(policy::Arguments),
 }
 
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
@@ -30,5 +33,6 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         None => mesh::run(&arguments.mesh),
         Some(What::Mesh(arguments)) => mesh::run(arguments),
         Some(What::Identity(arguments)) => identity::run(arguments),
+        Some(What::Policy(arguments)) => policy::run(arguments),
     }
 }

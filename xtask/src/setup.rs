@@ -18,6 +18,7 @@ pub use tools::{ensure_cargo_deny, ensure_ebpf_toolchain};
 pub const LAB: &[Program] = &[
     Program::new("ip", "iproute2"),
     Program::new("ss", "iproute2"),
+    Program::new("tc", "iproute2"),
     Program::new("nginx", "nginx-light"),
     Program::new("redis-server", "redis-server"),
     Program::new("redis-cli", "redis-tools"),

@@ -53,6 +53,7 @@ pub const OWN_PROGRAM: &str = "/usr/local/bin/xtask";
 /// Host programs that every guest has, beside dash, bash and busybox's applets.
 const GUEST_PROGRAMS: &[&str] = &[
     "ip",
+    "tc",
     "ss",
     "nginx",
     "redis-server",

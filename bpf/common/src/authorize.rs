@@ -2,9 +2,10 @@
 //! tunnel's last hop in `connect`, plaintext in `sk_lookup`) and by userspace tests,
 //! over tables that are BPF maps in one case and plain collections in the other.
 
-use crate::maps::{
-    Addr, IDENTITY_NONE, Mask, PolicySet, SET_HAS_ALLOW, SET_POLICY_NOT_RECEIVED, SET_STRICT,
-    SET_UNREPRESENTABLE,
+use crate::Addr;
+use crate::policy::{
+    BLOCK_TERMS, Block, IDENTITY_NONE, MASK_BLOCKS, Mask, PolicySet, SET_HAS_ALLOW, SET_HAS_PORTS,
+    SET_HAS_SOURCES, SET_POLICY_NOT_RECEIVED, SET_STRICT, SET_UNREPRESENTABLE, lowest_bit,
 };
 
 /// One connection to judge.
@@ -27,11 +28,13 @@ pub trait PolicyTables {
     /// The set with this id.
     fn set(&self, id: u32) -> Option<&PolicySet>;
     /// Terms whose source identity condition holds.
-    fn identity(&self, set: u32, identity: u32) -> Option<&Mask>;
+    fn identity(&self, set: u32, identity: u32) -> Option<Mask>;
     /// Terms whose source address condition holds: the longest prefix of `source`.
-    fn source(&self, set: u32, source: &Addr) -> Option<&Mask>;
+    fn source(&self, set: u32, source: &Addr) -> Option<Mask>;
     /// Terms whose port condition holds.
-    fn port(&self, set: u32, port: u16) -> Option<&Mask>;
+    fn port(&self, set: u32, port: u16) -> Option<Mask>;
+    /// The element of `POLICY_BLOCKS` with this index.
+    fn block(&self, index: u32) -> Option<&Block>;
 }
 
 /// Why a connection was admitted or not.
@@ -60,11 +63,25 @@ pub enum Reason {
     NotThisPod = 23,
     /// A last hop towards one of the agent's own ports.
     AgentPort = 24,
+    /// The pod may connect to what the registry knows alone, and it does not know this.
+    EgressRefused = 25,
+    /// Plaintext that was on its way to a destination inside the mesh.
+    PlaintextToMesh = 26,
+    /// The pod is held: its workload is not known.
+    Held = 27,
+    /// A segment from the wire for the agent's last hop.
+    InjectedSegment = 28,
+    /// A segment from the wire that bears the pod's own address as its source.
+    OwnAddressFromWire = 29,
+    /// A fragment of a TCP segment.
+    Fragment = 30,
+    /// A packet whose headers cannot be followed to its ports and destination.
+    UnreadablePacket = 31,
 }
 
 impl Reason {
     /// All reasons, in order of their number.
-    pub const ALL: [Reason; 11] = [
+    pub const ALL: [Reason; 18] = [
         Reason::NoAllowPolicy,
         Reason::Allowed,
         Reason::Denied,
@@ -76,6 +93,13 @@ impl Reason {
         Reason::UnknownIdentity,
         Reason::NotThisPod,
         Reason::AgentPort,
+        Reason::EgressRefused,
+        Reason::PlaintextToMesh,
+        Reason::Held,
+        Reason::InjectedSegment,
+        Reason::OwnAddressFromWire,
+        Reason::Fragment,
+        Reason::UnreadablePacket,
     ];
 
     /// The name used in logs and metrics.
@@ -92,6 +116,13 @@ impl Reason {
             Reason::UnknownIdentity => "unknown-identity",
             Reason::NotThisPod => "not-this-pod",
             Reason::AgentPort => "agent-port",
+            Reason::EgressRefused => "egress-refused",
+            Reason::PlaintextToMesh => "plaintext-to-mesh",
+            Reason::Held => "pod-held",
+            Reason::InjectedSegment => "injected-segment",
+            Reason::OwnAddressFromWire => "own-address-from-the-wire",
+            Reason::Fragment => "tcp-fragment",
+            Reason::UnreadablePacket => "unreadable-packet",
         }
     }
 
@@ -130,6 +161,8 @@ impl Verdict {
 
 /// Judges one connection: any DENY match denies; without an ALLOW policy the rest is
 /// allowed; with one, a match is needed. Everything unknown is denied.
+///
+/// DENY terms have the lowest numbers, so the first term that matches decides.
 #[inline(always)]
 pub fn authorize<T: PolicyTables>(tables: &T, query: &Query) -> Verdict {
     let Some(set) = tables.set(query.set) else {
@@ -144,36 +177,55 @@ pub fn authorize<T: PolicyTables>(tables: &T, query: &Query) -> Verdict {
     if query.identity == IDENTITY_NONE && set.flags & SET_STRICT != 0 {
         return Verdict::of(Reason::PlaintextRefused);
     }
-    // Each mask is used as soon as it is found: the verifier would follow every
-    // combination of where they came from.
     let Some(by_identity) = tables.identity(query.set, query.identity) else {
         return Verdict::of(Reason::UnknownIdentity);
     };
-    let matching = by_identity.and(match tables.source(query.set, &query.source) {
-        Some(mask) => mask,
-        None => &set.other_sources,
-    });
-    let matching = matching.and(match tables.port(query.set, query.port) {
-        Some(mask) => mask,
-        None => &set.other_ports,
-    });
-    let matching = matching.and(if query.destination_v4 {
-        &set.destination4
-    } else {
-        &set.destination6
-    });
-
-    if let Some(term) = matching.and(&set.deny).first() {
-        return Verdict {
-            reason: Reason::Denied,
-            term,
-        };
+    let mut by_source = set.other_sources;
+    if set.flags & SET_HAS_SOURCES != 0
+        && let Some(mask) = tables.source(query.set, &query.source)
+    {
+        by_source = mask;
     }
-    if let Some(term) = matching.and(&set.allow).first() {
-        return Verdict {
-            reason: Reason::Allowed,
-            term,
+    let mut by_port = set.other_ports;
+    if set.flags & SET_HAS_PORTS != 0
+        && let Some(mask) = tables.port(query.set, query.port)
+    {
+        by_port = mask;
+    }
+    let by_destination = if query.destination_v4 {
+        set.destination4
+    } else {
+        set.destination6
+    };
+
+    let mut blocks =
+        by_identity.blocks() & by_source.blocks() & by_port.blocks() & by_destination.blocks();
+    let mut round = 0;
+    // Each round takes a bit away; the second condition is what the verifier can see.
+    while blocks != 0 && round < MASK_BLOCKS {
+        let number = lowest_bit(blocks) & (MASK_BLOCKS as u32 - 1);
+        blocks &= blocks - 1;
+        round += 1;
+        let (Some(identity), Some(source), Some(port), Some(destination)) = (
+            tables.block(by_identity.index(number)),
+            tables.block(by_source.index(number)),
+            tables.block(by_port.index(number)),
+            tables.block(by_destination.index(number)),
+        ) else {
+            return Verdict::of(Reason::NoPolicySet);
         };
+        let matching = identity.and(source).and(port).and(destination);
+        if let Some(first) = matching.first() {
+            let term = number * BLOCK_TERMS as u32 + first;
+            return Verdict {
+                reason: if term < set.deny_terms {
+                    Reason::Denied
+                } else {
+                    Reason::Allowed
+                },
+                term: term as u16,
+            };
+        }
     }
     if set.flags & SET_HAS_ALLOW != 0 {
         return Verdict::of(Reason::NotAllowed);

@@ -7,11 +7,15 @@
 #![no_std]
 
 pub mod authorize;
+pub mod judge;
 pub mod maps;
+pub mod policy;
 
 pub use authorize::{PolicyTables, Query, Reason, Verdict, authorize};
+pub use judge::*;
 pub use maps::*;
+pub use policy::*;
 
 /// Version of everything in this crate that is stored in pinned maps. A change
 /// of any layout raises it: the pin directory carries it in its name.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;

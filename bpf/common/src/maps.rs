@@ -117,6 +117,11 @@ pub struct Pod {
 /// The pod's workload, addresses and policies are known. Without it the pod is held:
 /// it connects to nothing but itself (a connect is refused, never sent in plaintext).
 pub const POD_READY: u32 = 1;
+/// A policy that the pod's workload names has not arrived and is waited for: a SYN of
+/// plaintext from the wire is dropped without an answer, so that the client tries again.
+pub const POD_HOLD: u32 = 2;
+/// The pod connects to what the registry knows and to nothing else.
+pub const POD_REGISTRY_ONLY: u32 = 4;
 
 /// `SERVICES` key: a virtual IP and port.
 pub type ServiceKey = Endpoint;
@@ -191,6 +196,9 @@ pub const SOCKET_LAST_HOP: u32 = 2;
 /// `LAST_HOPS` key → cookie of the agent's socket: a last hop that was admitted. Its
 /// SYN names a client that is elsewhere and, to the receiving side, came in through
 /// the device that has the pod's address: nothing else tells it from the wire.
+///
+/// `PLAINTEXT` key → cookie of the application's socket: a connection from the wire that
+/// was admitted in plaintext.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Flow {
@@ -232,131 +240,6 @@ pub const AGENT_DIAL: u32 = 1;
 /// `authorize()`, and only ever towards the pod's own addresses.
 pub const AGENT_LAST_HOP: u32 = 2;
 
-/// The identity of plaintext.
-pub const IDENTITY_NONE: u32 = 0;
-
-/// One bit per term of a policy set.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Mask(pub [u64; MASK_WORDS]);
-
-/// 64-bit words in a [`Mask`].
-pub const MASK_WORDS: usize = 4;
-/// Terms that one policy set can hold.
-pub const MAX_TERMS: usize = MASK_WORDS * 64;
-
-impl Mask {
-    pub const NONE: Mask = Mask([0; MASK_WORDS]);
-    pub const ALL: Mask = Mask([u64::MAX; MASK_WORDS]);
-
-    /// Bits set in both.
-    #[inline(always)]
-    pub fn and(&self, other: &Mask) -> Mask {
-        let mut out = [0; MASK_WORDS];
-        let mut i = 0;
-        while i < MASK_WORDS {
-            out[i] = self.0[i] & other.0[i];
-            i += 1;
-        }
-        Mask(out)
-    }
-
-    /// The lowest bit that is set.
-    #[inline(always)]
-    pub fn first(&self) -> Option<u16> {
-        let mut i = 0;
-        while i < MASK_WORDS {
-            if self.0[i] != 0 {
-                return Some((i as u16) * 64 + lowest_bit(self.0[i]));
-            }
-            i += 1;
-        }
-        None
-    }
-
-    /// Sets bit `bit`; out of range is ignored.
-    pub fn set(&mut self, bit: usize) {
-        if let Some(word) = self.0.get_mut(bit / 64) {
-            *word |= 1 << (bit % 64);
-        }
-    }
-}
-
-/// Index of the lowest set bit: the number of ones below it, counted in parallel. The
-/// BPF instruction set has no count-zeros, the compiler's table for it would need a
-/// relocation, and each branch would double what the verifier walks.
-#[inline(always)]
-fn lowest_bit(word: u64) -> u16 {
-    let below = !word & word.wrapping_sub(1);
-    let pairs = below - ((below >> 1) & 0x5555_5555_5555_5555);
-    let fours = (pairs & 0x3333_3333_3333_3333) + ((pairs >> 2) & 0x3333_3333_3333_3333);
-    let bytes = (fours + (fours >> 4)) & 0x0f0f_0f0f_0f0f_0f0f;
-    (bytes.wrapping_mul(0x0101_0101_0101_0101) >> 56) as u16
-}
-
-/// `POLICY_SETS`: the compiled policies of one workload.
-///
-/// The policies are flattened to *terms*, each a conjunction of one condition per
-/// dimension (source identity, source address, destination port, destination
-/// address). A look-up in each dimension gives the mask of the terms whose condition
-/// holds there; their intersection are the terms that match.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct PolicySet {
-    /// Bits of `SET_*`.
-    pub flags: u32,
-    pub pad: u32,
-    /// Terms of DENY policies.
-    pub deny: Mask,
-    /// Terms of ALLOW policies.
-    pub allow: Mask,
-    /// Terms whose source condition holds for an address that `POLICY_SOURCES` lacks.
-    pub other_sources: Mask,
-    /// Terms whose port condition holds for a port that `POLICY_PORTS` lacks.
-    pub other_ports: Mask,
-    /// Terms whose destination condition holds for the pod's IPv4 address.
-    pub destination4: Mask,
-    /// Terms whose destination condition holds for the pod's IPv6 address.
-    pub destination6: Mask,
-}
-
-/// Plaintext is refused (PeerAuthentication STRICT).
-pub const SET_STRICT: u32 = 1;
-/// There is at least one ALLOW policy: what no term allows is denied.
-pub const SET_HAS_ALLOW: u32 = 2;
-/// The policies cannot be represented: everything is denied.
-pub const SET_UNREPRESENTABLE: u32 = 4;
-/// A policy that the workload names has not arrived: everything is denied.
-pub const SET_POLICY_NOT_RECEIVED: u32 = 8;
-
-/// `POLICY_IDENTITIES` key → `Mask` of the terms whose source identity condition holds.
-/// An identity without an entry is denied.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-pub struct IdentityKey {
-    pub set: u32,
-    pub identity: u32,
-}
-
-/// `POLICY_PORTS` key → `Mask`.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-pub struct PortKey {
-    pub set: u32,
-    pub port: u16,
-    pub pad: u16,
-}
-
-/// `POLICY_SOURCES` key data (LPM trie) → `Mask`: the answer for every address whose
-/// longest match this prefix is. The prefix length counts the 32 bits of `set` too.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-pub struct SourceKey {
-    /// Big endian, so that the trie compares it as a prefix.
-    pub set: [u8; 4],
-    pub addr: Addr,
-}
-
 /// What happened, as the `EVENTS` ring buffer carries it. A full ring loses events
 /// (counted), never a verdict.
 #[repr(C)]
@@ -372,11 +255,16 @@ pub struct Event {
     pub term: u16,
     /// One of `HOOK_*`.
     pub hook: u32,
-    pub pad: u32,
+    /// The policy set that was asked; 0 for none.
+    pub set: u32,
 }
 
 pub const HOOK_CONNECT: u32 = 1;
 pub const HOOK_SK_LOOKUP: u32 = 2;
+/// The guard at the host side of a pod's device: a packet from the pod.
+pub const HOOK_GUARD_FROM: u32 = 3;
+/// The guard: a packet to the pod.
+pub const HOOK_GUARD_TO: u32 = 4;
 
 /// Indices into the per-CPU array `COUNTERS`.
 #[repr(u32)]
@@ -403,12 +291,27 @@ pub enum Counter {
     /// Connects of pods that are held (`POD_READY` is missing).
     Held = 10,
     /// Connects refused because they could neither be redirected nor may go in
-    /// plaintext: `WORKLOAD_REFUSE`, MPTCP, a socket bound to a device.
+    /// plaintext: `WORKLOAD_REFUSE`, a socket bound to a device.
     Refused = 11,
+    /// Connects of registry-only pods to what the registry does not know.
+    EgressRefused = 12,
+    /// MPTCP sockets that enrolled pods were not given.
+    Mptcp = 13,
+    /// Packets that the guard dropped, by why: on the way from the pod...
+    GuardToMesh = 14,
+    GuardEgress = 15,
+    GuardHeld = 16,
+    /// ... either way ...
+    GuardFragment = 17,
+    GuardUnreadable = 18,
+    /// ... and on the way to it.
+    GuardInjected = 19,
+    GuardOwnAddress = 20,
+    GuardWaiting = 21,
 }
 
 /// Entries of `COUNTERS`.
-pub const COUNTERS: u32 = 12;
+pub const COUNTERS: u32 = 22;
 
 impl Counter {
     /// All counters, in order of their index.
@@ -425,6 +328,16 @@ impl Counter {
         Counter::NoRoom,
         Counter::Held,
         Counter::Refused,
+        Counter::EgressRefused,
+        Counter::Mptcp,
+        Counter::GuardToMesh,
+        Counter::GuardEgress,
+        Counter::GuardHeld,
+        Counter::GuardFragment,
+        Counter::GuardUnreadable,
+        Counter::GuardInjected,
+        Counter::GuardOwnAddress,
+        Counter::GuardWaiting,
     ];
 
     /// The name used in metrics.
@@ -442,6 +355,16 @@ impl Counter {
             Counter::NoRoom => "no_room",
             Counter::Held => "held",
             Counter::Refused => "refused",
+            Counter::EgressRefused => "egress_refused",
+            Counter::Mptcp => "mptcp_refused",
+            Counter::GuardToMesh => "guard_plaintext_to_mesh",
+            Counter::GuardEgress => "guard_egress_refused",
+            Counter::GuardHeld => "guard_held",
+            Counter::GuardFragment => "guard_tcp_fragment",
+            Counter::GuardUnreadable => "guard_unreadable",
+            Counter::GuardInjected => "guard_injected_segment",
+            Counter::GuardOwnAddress => "guard_own_address",
+            Counter::GuardWaiting => "guard_waiting_for_policy",
         }
     }
 }
@@ -468,11 +391,6 @@ mod pod {
         Flow,
         OriginalDst,
         AgentSocket,
-        Mask,
-        PolicySet,
-        IdentityKey,
-        PortKey,
-        SourceKey,
         Event
     );
 }
@@ -485,9 +403,6 @@ const _: () = {
     assert!(size_of::<Flow>() == 48);
     assert!(size_of::<OriginalDst>() == 48);
     assert!(size_of::<AgentSocket>() == 24);
-    assert!(size_of::<Mask>() == 32);
-    assert!(size_of::<PolicySet>() == 8 + 6 * 32);
-    assert!(size_of::<SourceKey>() == 20);
     assert!(size_of::<Event>() == 64);
 };
 
@@ -517,27 +432,6 @@ mod tests {
         assert!(!v4(0, 0, 0, 1).is_unspecified() && !v6(1, 0).is_unspecified());
         assert!(!v6(0, 1).is_unspecified());
         assert_eq!(Addr::from_words(v4(1, 2, 3, 4).words()), v4(1, 2, 3, 4));
-    }
-
-    #[test]
-    fn first_bit_of_a_mask_is_found_wherever_it_is() {
-        assert_eq!(Mask::NONE.first(), None);
-        assert_eq!(Mask::ALL.first(), Some(0));
-        for bit in 0..MAX_TERMS {
-            let mut mask = Mask::NONE;
-            mask.set(bit);
-            assert_eq!(mask.first(), Some(bit as u16));
-            // Higher bits do not matter.
-            for higher in [bit + 1, bit + 63, bit + 64, MAX_TERMS - 1] {
-                if higher < MAX_TERMS && higher > bit {
-                    mask.set(higher);
-                }
-            }
-            assert_eq!(mask.first(), Some(bit as u16));
-        }
-        let mut mask = Mask::NONE;
-        mask.set(MAX_TERMS);
-        assert_eq!(mask, Mask::NONE, "out of range is ignored");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The compiled eBPF programs, embedded. Sources: `bpf/src`.
 //!
-//! Both objects are ELF files for `bpfel-unknown-none` with BTF; the loader wants
+//! The objects are ELF files for `bpfel-unknown-none` with BTF; the loader wants
 //! their first byte aligned, which a plain `include_bytes!` does not promise.
 #![no_std]
 
@@ -10,6 +10,9 @@ pub static NODE: &[u8] = &NODE_OBJECT.bytes;
 
 /// The program of one enrolled network namespace: `sk_lookup`, one instance each.
 pub static POD: &[u8] = &POD_OBJECT.bytes;
+
+/// The programs at the host side of one enrolled pod's devices: one instance each.
+pub static GUARD: &[u8] = &GUARD_OBJECT.bytes;
 
 #[repr(C, align(8))]
 struct Aligned<T: ?Sized> {
@@ -22,14 +25,17 @@ static NODE_OBJECT: &Aligned<[u8]> = &Aligned {
 static POD_OBJECT: &Aligned<[u8]> = &Aligned {
     bytes: *include_bytes!(concat!(env!("OUT_DIR"), "/pod.o")),
 };
+static GUARD_OBJECT: &Aligned<[u8]> = &Aligned {
+    bytes: *include_bytes!(concat!(env!("OUT_DIR"), "/guard.o")),
+};
 
 #[cfg(test)]
 mod tests {
-    use super::{NODE, POD};
+    use super::{GUARD, NODE, POD};
 
     #[test]
     fn objects_are_aligned_elf_files() {
-        for object in [NODE, POD] {
+        for object in [NODE, POD, GUARD] {
             assert!(object.starts_with(b"\x7fELF"));
             assert_eq!(object.as_ptr().align_offset(8), 0);
         }

@@ -5,25 +5,28 @@ use std::{fs, io, os::fd::AsFd, path::Path};
 use aya::{
     Ebpf, EbpfLoader,
     programs::{
-        CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SkLookup, SockOps, links::FdLink,
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, SchedClassifier,
+        SkLookup, SockOps, links::FdLink,
     },
 };
-use ringfence_bpf_objects::{NODE, POD};
+use ringfence_bpf_objects::{GUARD, NODE, POD};
 
 use crate::{
     DatapathError,
+    filter::Side,
     pins::{Pins, path_error},
     sys,
 };
 
 /// The node's programs: name in the object, name of the pin.
-const HOOKS: [(&str, &str); 5] = [
+const HOOKS: [(&str, &str); 6] = [
     // The record of original destinations stands before anything is redirected.
     ("ringfence_tcp", "sock_ops"),
     ("ringfence_peer4", "getpeername4"),
     ("ringfence_peer6", "getpeername6"),
     ("ringfence_conn4", "connect4"),
     ("ringfence_conn6", "connect6"),
+    ("ringfence_create", "sock_create"),
 ];
 /// A link takes no flags, and always shares the hook with other programs.
 const LINK_MODE: CgroupAttachMode = CgroupAttachMode::Single;
@@ -53,6 +56,7 @@ pub(crate) fn attach_node(
     for (name, _) in HOOKS {
         match program(ebpf, name)? {
             Program::CgroupSockAddr(program) => program.load(),
+            Program::CgroupSock(program) => program.load(),
             Program::SockOps(program) => program.load(),
             _ => return Err(DatapathError::Missing { name }),
         }
@@ -68,6 +72,17 @@ pub(crate) fn attach_node(
                     .as_fd();
                 if !take_over(&pin, fd, |_| Ok(true))? {
                     let link = attach_sock_addr(program, &cgroup)
+                        .map_err(|source| program_error(name, source))?;
+                    pin_link(link, &pin)?;
+                }
+            }
+            Program::CgroupSock(program) => {
+                let fd = program
+                    .fd()
+                    .map_err(|source| program_error(name, source))?
+                    .as_fd();
+                if !take_over(&pin, fd, |_| Ok(true))? {
+                    let link = attach_sock(program, &cgroup)
                         .map_err(|source| program_error(name, source))?;
                     pin_link(link, &pin)?;
                 }
@@ -118,6 +133,45 @@ pub(crate) fn attach_pod(pins: &Pins, netns: impl AsFd, cookie: u64) -> Result<(
     pin_link(link, &pin)
 }
 
+/// Loads the guard's programs for this namespace, verified and not attached.
+pub(crate) fn load_guard(pins: &Pins, cookie: u64) -> Result<Ebpf, DatapathError> {
+    let mut ebpf = EbpfLoader::new()
+        .default_map_pin_directory(pins.maps())
+        .override_global("NETNS_COOKIE", &cookie, true)
+        .load(GUARD)
+        .map_err(|source| DatapathError::Load {
+            object: "guard",
+            source: Box::new(source),
+        })?;
+    for side in Side::BOTH {
+        let name = side.program();
+        classifier(&mut ebpf, name)?
+            .load()
+            .map_err(|source| program_error(name, source))?;
+    }
+    Ok(ebpf)
+}
+
+/// A program of the guard.
+pub(crate) fn classifier<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, DatapathError> {
+    match program(ebpf, name)? {
+        Program::SchedClassifier(program) => Ok(program),
+        _ => Err(DatapathError::Missing { name }),
+    }
+}
+
+fn attach_sock(program: &mut CgroupSock, cgroup: impl AsFd) -> Result<FdLink, ProgramError> {
+    let id = program.attach(cgroup, LINK_MODE)?;
+    // Before Linux 5.7 it would be no link that can be pinned.
+    program
+        .take_link(id)?
+        .try_into()
+        .map_err(|_| ProgramError::NotAttached)
+}
+
 fn attach_sock_addr(
     program: &mut CgroupSockAddr,
     cgroup: impl AsFd,
@@ -146,7 +200,7 @@ fn attach_sk_lookup(program: &mut SkLookup, netns: impl AsFd) -> Result<FdLink, 
 
 /// Exchanges the program of a pinned link. False when there is none, or a dead one,
 /// which is removed.
-fn take_over(
+pub(crate) fn take_over(
     pin: &Path,
     program: impl AsFd,
     alive: impl Fn(std::os::fd::BorrowedFd<'_>) -> io::Result<bool>,
@@ -173,14 +227,14 @@ fn take_over(
     }
 }
 
-fn pin_link(link: FdLink, pin: &Path) -> Result<(), DatapathError> {
+pub(crate) fn pin_link(link: FdLink, pin: &Path) -> Result<(), DatapathError> {
     match link.pin(pin) {
         Ok(_pinned) => Ok(()),
         Err(error) => Err(link_error("pin", pin, io::Error::other(error))),
     }
 }
 
-fn link_error(action: &'static str, pin: &Path, source: io::Error) -> DatapathError {
+pub(crate) fn link_error(action: &'static str, pin: &Path, source: io::Error) -> DatapathError {
     let program = pin
         .file_name()
         .unwrap_or_default()
@@ -198,7 +252,7 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program
         .ok_or(DatapathError::Missing { name })
 }
 
-fn program_error(program: &'static str, source: ProgramError) -> DatapathError {
+pub(crate) fn program_error(program: &'static str, source: ProgramError) -> DatapathError {
     DatapathError::Program {
         program,
         source: Box::new(source),

@@ -34,6 +34,14 @@ pub enum DatapathError {
         source: io::Error,
     },
 
+    /// The guard at the host side of a pod.
+    #[error("cannot {action} the device {device}: {source}")]
+    Device {
+        action: &'static str,
+        device: String,
+        source: io::Error,
+    },
+
     // The load's.
     /// A table has no room left.
     #[error("the kernel table {table} is full")]
@@ -72,6 +80,27 @@ pub enum DatapathError {
         table: &'static str,
         source: Box<MapError>,
     },
+
+    /// A run of the program that answers questions left some without an answer.
+    #[error("the kernel answered {answered} of {asked} questions about policy")]
+    Unanswered { asked: usize, answered: usize },
+
+    /// `sock_diag`, which lists and ends connections.
+    #[error(
+        "cannot {action} TCP sockets by sock_diag (CONFIG_INET_DIAG, the module tcp_diag): {source}"
+    )]
+    SocketDiag {
+        action: &'static str,
+        source: io::Error,
+    },
+    /// Connections cannot be ended from outside.
+    #[error(
+        "this kernel cannot end connections (it lacks CONFIG_INET_DIAG_DESTROY): plaintext connections that policy admits no more go on until they close"
+    )]
+    CannotDestroy,
+    /// The programs that ran when the tables changed cannot be waited for.
+    #[error("cannot wait for running eBPF programs (membarrier): {source}")]
+    Settle { source: io::Error },
 
     // The caller's.
     /// A prefix longer than the address.

@@ -82,7 +82,7 @@ fn parse(mut bytes: &[u8]) -> Option<Event> {
         reason: u16::from_ne_bytes(take(&mut bytes)?),
         term: u16::from_ne_bytes(take(&mut bytes)?),
         hook: u32::from_ne_bytes(take(&mut bytes)?),
-        pad: u32::from_ne_bytes(take(&mut bytes)?),
+        set: u32::from_ne_bytes(take(&mut bytes)?),
     };
     bytes.is_empty().then_some(event)
 }
@@ -102,6 +102,7 @@ mod tests {
         bytes[52..54].copy_from_slice(&18u16.to_ne_bytes());
         bytes[54..56].copy_from_slice(&u16::MAX.to_ne_bytes());
         bytes[56..60].copy_from_slice(&2u32.to_ne_bytes());
+        bytes[60..64].copy_from_slice(&5u32.to_ne_bytes());
         let event = parse(&bytes).unwrap();
         assert_eq!(
             (event.netns, event.source.port, event.destination.port),
@@ -111,6 +112,7 @@ mod tests {
             (event.identity, event.reason, event.term, event.hook),
             (9, 18, u16::MAX, 2)
         );
+        assert_eq!(event.set, 5);
     }
 
     #[test]

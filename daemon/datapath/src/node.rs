@@ -11,12 +11,14 @@ use aya::{
     maps::{Map, MapData, PerCpuArray, lpm_trie::Key},
 };
 use ringfence_bpf_common::{
-    Addr, AgentSocket, Backend, BackendKey, Counter, Flow, IdentityKey, Mask, OriginalDst, Pod,
-    PolicySet, PortKey, Service, ServiceKey, SourceKey, Workload,
+    Addr, AgentSocket, Backend, BackendKey, Block, Counter, Flow, IdentityKey, Mask, OriginalDst,
+    Pod, PolicySet, PortKey, Service, ServiceKey, SourceKey, Workload,
 };
 
 use crate::{
     DatapathError, Events, attach,
+    guard::Guarded,
+    judge::Judge,
     pins::Pins,
     policies::Policies,
     services::Services,
@@ -42,8 +44,11 @@ pub struct Datapath {
     pub(crate) agent_sockets: Table<u64, AgentSocket>,
     pub(crate) original_destinations: Table<Flow, OriginalDst>,
     pub(crate) last_hops: Table<Flow, u64>,
+    pub(crate) plaintext: Table<Flow, u64>,
+    pub(crate) guarded: Guarded,
     pub(crate) services: Services,
     pub(crate) policies: Policies,
+    pub(crate) judge: Judge,
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -60,17 +65,21 @@ impl Datapath {
         let mut ebpf = attach::load_node(&pins)?;
         require_sizes(&pins)?;
         let datapath = Datapath {
+            judge: Judge::default(),
             pods: Table::new("PODS", take(&mut ebpf, "PODS")?)?,
             workloads: Table::new("WORKLOADS", take(&mut ebpf, "WORKLOADS")?)?,
             agent_sockets: Table::new("AGENT_SOCKS", take(&mut ebpf, "AGENT_SOCKS")?)?,
             original_destinations: Table::new("ORIGINAL_DST", take(&mut ebpf, "ORIGINAL_DST")?)?,
             last_hops: Table::new("LAST_HOPS", take(&mut ebpf, "LAST_HOPS")?)?,
+            plaintext: Table::new("PLAINTEXT", take(&mut ebpf, "PLAINTEXT")?)?,
+            guarded: Guarded::default(),
             services: Services::new(take(&mut ebpf, "SERVICES")?, take(&mut ebpf, "BACKENDS")?)?,
             policies: Policies::new(
                 take(&mut ebpf, "POLICY_SETS")?,
                 take(&mut ebpf, "POLICY_IDENTITIES")?,
                 take(&mut ebpf, "POLICY_PORTS")?,
                 take(&mut ebpf, "POLICY_SOURCES")?,
+                take(&mut ebpf, "POLICY_BLOCKS")?,
             )?,
             counters: PerCpuArray::try_from(take(&mut ebpf, "COUNTERS")?)
                 .map_err(|e| table_error("open", "COUNTERS", e))?,
@@ -81,6 +90,7 @@ impl Datapath {
             datapath.agent_sockets.remove(&cookie)?;
         }
         attach::attach_node(&mut ebpf, &datapath.pins, &cgroup)?;
+        datapath.judge.keep(ebpf);
         datapath.collect_dead_pods()?;
         Ok(datapath)
     }
@@ -135,12 +145,14 @@ fn require_sizes(pins: &Pins) -> Result<(), DatapathError> {
         of::<u64, AgentSocket>("AGENT_SOCKS"),
         of::<Flow, OriginalDst>("ORIGINAL_DST"),
         of::<Flow, u64>("LAST_HOPS"),
+        of::<Flow, u64>("PLAINTEXT"),
         of::<ServiceKey, Service>("SERVICES"),
         of::<BackendKey, Backend>("BACKENDS"),
         of::<u32, PolicySet>("POLICY_SETS"),
         of::<IdentityKey, Mask>("POLICY_IDENTITIES"),
         of::<PortKey, Mask>("POLICY_PORTS"),
         of::<Key<SourceKey>, Mask>("POLICY_SOURCES"),
+        of::<u32, Block>("POLICY_BLOCKS"),
         of::<u32, u64>("COUNTERS"),
     ];
     for (name, key, value) in sizes {

@@ -12,13 +12,15 @@ use nix::{
 };
 use ringfence_bpf_common::LAYOUT_VERSION;
 
-use crate::{DatapathError, sys};
+use crate::{DatapathError, guard::remove_filters, sys};
 
 /// Where distributions mount the BPF file system.
 const USUAL_BPFFS: &str = "/sys/fs/bpf";
 
 /// Detaches and removes everything that was pinned below `pin_dir`, whatever its
 /// version. The pods are not protected afterwards. A missing folder is no error.
+///
+/// Guards that are filters are looked for in the calling thread's network namespace.
 pub fn remove(pin_dir: &Path) -> Result<(), DatapathError> {
     let entries = match fs::read_dir(pin_dir) {
         Ok(entries) => entries,
@@ -31,9 +33,10 @@ pub fn remove(pin_dir: &Path) -> Result<(), DatapathError> {
         let entry = entry.map_err(|source| path_error("read", pin_dir, source))?;
         let path = entry.path();
         if is_layout(&entry.file_name().to_string_lossy()) {
-            for folder in [path.join(LINKS), path.join(PODS)] {
-                remove_links(&folder)?;
+            for folder in [LINKS, PODS, GUARDS] {
+                remove_links(&path.join(folder))?;
             }
+            remove_filters(&path.join(FILTERS))?;
             fs::remove_dir_all(&path).map_err(|source| path_error("remove", &path, source))?;
         }
     }
@@ -80,6 +83,8 @@ fn remove_links(folder: &Path) -> Result<(), DatapathError> {
 
 const LINKS: &str = "links";
 const PODS: &str = "pods";
+const GUARDS: &str = "guards";
+const FILTERS: &str = "filters";
 
 /// The pin folder of this version.
 #[derive(Debug, Clone)]
@@ -109,7 +114,13 @@ impl Pins {
         let pins = Pins {
             root: pin_dir.join(format!("v{LAYOUT_VERSION}")),
         };
-        for folder in [pins.root.clone(), pins.links(), pins.pods()] {
+        for folder in [
+            pins.root.clone(),
+            pins.links(),
+            pins.pods(),
+            pins.guards(),
+            pins.filters(),
+        ] {
             fs::create_dir_all(&folder).map_err(|source| path_error("create", &folder, source))?;
         }
         pins.refuse_other_layouts(pin_dir)?;
@@ -135,6 +146,16 @@ impl Pins {
 
     pub(crate) fn pods(&self) -> PathBuf {
         self.root.join(PODS)
+    }
+
+    /// One link per enrolled pod, device and direction.
+    pub(crate) fn guards(&self) -> PathBuf {
+        self.root.join(GUARDS)
+    }
+
+    /// The same where there are filters instead of links: the programs are pinned.
+    pub(crate) fn filters(&self) -> PathBuf {
+        self.root.join(FILTERS)
     }
 
     pub(crate) fn pod(&self, cookie: u64) -> PathBuf {

@@ -35,6 +35,7 @@ impl Datapath {
 
     /// Ends the enrolment: the namespace's traffic is its own again.
     pub fn withdraw(&self, cookie: u64) -> Result<(), DatapathError> {
+        self.unguard(cookie)?;
         remove_link(&self.pins.pod(cookie))?;
         self.pods.remove(&cookie)?;
         for flow in self.original_destinations.keys()? {
@@ -45,6 +46,11 @@ impl Datapath {
         for flow in self.last_hops.keys()? {
             if flow.netns == cookie {
                 self.last_hops.remove(&flow)?;
+            }
+        }
+        for flow in self.plaintext.keys()? {
+            if flow.netns == cookie {
+                self.plaintext.remove(&flow)?;
             }
         }
         Ok(())

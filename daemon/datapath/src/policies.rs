@@ -1,12 +1,13 @@
 //! Compiled policy sets.
 //!
 //! A set is never changed in place, but for identities that are added to it. A pod is
-//! pointed at a new set in one step, and the old set's entries are removed only after
-//! every program that may have begun with it has ended: a program that misses half of a
-//! set would decide wrongly.
+//! pointed at a new set in one step, and the old set's entries and blocks are given back
+//! only after every program that may have begun with it has ended: a program that misses
+//! half of a set would decide wrongly.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
+    os::fd::{AsFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -15,52 +16,85 @@ use aya::maps::{
     Map, MapData,
     lpm_trie::{Key, LpmTrie},
 };
-use ringfence_bpf_common::{Addr, IdentityKey, Mask, PolicySet, PortKey, SourceKey};
+use ringfence_bpf_common::{Block, IdentityKey, Mask, PolicySet, PortKey, SourceKey};
+use ringfence_policies::{CompiledSet, Layout, SourcePrefix, TermMask};
 
 use crate::{
-    Datapath, DatapathError, sys,
-    table::{MOST_KEYS, Table, is_missing, table_error},
+    Datapath, DatapathError,
+    blocks::{Blocks, Run, Staged},
+    sys,
+    table::{
+        Elements, MOST_KEYS, Table, descriptor, is_missing, put_all, remove_all, room, table_error,
+    },
 };
 
-/// A source prefix of a policy set.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct SourcePrefix {
-    /// IPv4 in its mapped form.
-    pub addr: Addr,
-    /// Bits of `addr` that count, 0 to 128: an IPv4 prefix has 96 more than usual.
-    pub len: u8,
-}
-
 impl Datapath {
-    /// Writes a policy set under an id that is not in use. No connection is judged by it
-    /// before a pod is pointed at it ([`Datapath::update_pod`]).
+    /// Writes a policy set under an id that is not in use (what is there is removed first:
+    /// nothing decides in between, which denies), with the identities that are
+    /// known beforehand; plaintext is one of them (`IDENTITY_NONE`), and denied when it is
+    /// left out. No connection is judged by it before a pod is pointed at it
+    /// ([`Datapath::update_pod`]). An error leaves nothing of it.
     pub fn install_set(
         &self,
-        set_id: u32,
-        set: &PolicySet,
-        identities: &[(u32, Mask)],
-        sources: &[(SourcePrefix, Mask)],
-        ports: &[(u16, Mask)],
+        id: u32,
+        compiled: &CompiledSet,
+        identities: &[(u32, TermMask)],
     ) -> Result<(), DatapathError> {
-        self.policies
-            .install(set_id, set, identities, sources, ports)
+        self.policies.install(id, compiled, identities)
     }
 
     /// Prepares an identity for a set: without it the identity is denied.
-    pub fn bind_identity(&self, set: u32, identity: u32, mask: &Mask) -> Result<(), DatapathError> {
+    pub fn bind_identity(
+        &self,
+        set: u32,
+        identity: u32,
+        mask: &TermMask,
+    ) -> Result<(), DatapathError> {
         self.policies.bind(set, identity, mask)
     }
 
-    /// Removes a set that no pod points at any more. Its entries may stay for a while,
-    /// until programs that may still read them have ended.
+    /// Takes identities back: they are denied from here on.
+    pub fn unbind_identities(&self, set: u32, identities: &[u32]) -> Result<(), DatapathError> {
+        self.policies.unbind(set, identities)
+    }
+
+    /// Removes a set that no pod points at any more. Its entries stay until programs that
+    /// may still read them have ended: see [`Datapath::collect_sets`].
     pub fn remove_set(&self, id: u32) -> Result<(), DatapathError> {
         self.policies.retire(id)
+    }
+
+    /// Gives back what was removed a while ago. Waits for the programs that run, which
+    /// may take some ten milliseconds; to be called every few seconds.
+    pub fn collect_sets(&self) -> Result<(), DatapathError> {
+        self.policies.collect(&mut self.policies.known(), false)
     }
 
     /// The ids of all sets in the kernel, also those that an earlier agent wrote.
     pub fn policy_sets(&self) -> Result<Vec<u32>, DatapathError> {
         self.policies.sets.keys()
     }
+
+    /// How much of the tables is in use; what was removed and not given back yet counts.
+    pub fn policy_usage(&self) -> PolicyUsage {
+        self.policies.usage()
+    }
+
+    /// How much the tables hold at most.
+    pub fn policy_room(&self) -> PolicyUsage {
+        self.policies.room
+    }
+}
+
+/// Entries, in use or at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PolicyUsage {
+    pub sets: usize,
+    pub identities: usize,
+    pub ports: usize,
+    pub sources: usize,
+    /// Elements of `POLICY_BLOCKS`, 32 bytes each.
+    pub blocks: u32,
 }
 
 /// How long a retired set waits for company, so that one grace period serves many.
@@ -73,159 +107,231 @@ pub(crate) struct Policies {
     sets: Table<u32, PolicySet>,
     identities: Table<IdentityKey, Mask>,
     ports: Table<PortKey, Mask>,
-    sources: Mutex<LpmTrie<MapData, SourceKey, Mask>>,
+    sources: Sources,
+    blocks: Elements<Block>,
+    room: PolicyUsage,
     known: Mutex<Known>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Known {
-    entries: HashMap<u32, Entries>,
+    blocks: Blocks,
+    sets: HashMap<u32, Entries>,
     retired: Vec<(u32, Instant)>,
 }
 
-/// The keys that belong to one set.
+/// What belongs to one set.
 #[derive(Debug, Default)]
 struct Entries {
-    identities: Vec<u32>,
+    identities: HashSet<u32>,
     ports: Vec<u16>,
     sources: Vec<SourcePrefix>,
+    runs: HashSet<Run>,
+    /// Masks that are written already.
+    layout: Layout,
 }
 
-const SOURCES: &str = "POLICY_SOURCES";
-/// Bits of the set id in front of the address.
-const SET_BITS: u32 = 32;
-
 impl Policies {
-    /// Takes over what is pinned.
+    /// Takes over what is pinned. What has no set (an agent was killed in the middle of
+    /// a change) is removed.
     pub(crate) fn new(
         sets: Map,
         identities: Map,
         ports: Map,
         sources: Map,
+        blocks: Map,
     ) -> Result<Self, DatapathError> {
+        let blocks = Elements::new("POLICY_BLOCKS", blocks)?;
+        let room = PolicyUsage {
+            sets: room("POLICY_SETS", &sets)?,
+            identities: room("POLICY_IDENTITIES", &identities)?,
+            ports: room("POLICY_PORTS", &ports)?,
+            sources: room("POLICY_SOURCES", &sources)?,
+            blocks: blocks.len(),
+        };
+        let known = Known {
+            blocks: Blocks::new(blocks.len()),
+            sets: HashMap::new(),
+            retired: Vec::new(),
+        };
         let policies = Policies {
             sets: Table::new("POLICY_SETS", sets)?,
             identities: Table::new("POLICY_IDENTITIES", identities)?,
             ports: Table::new("POLICY_PORTS", ports)?,
-            sources: Mutex::new(
-                LpmTrie::try_from(sources).map_err(|e| table_error("open", SOURCES, e))?,
-            ),
-            known: Mutex::default(),
+            sources: Sources::new(sources)?,
+            blocks,
+            room,
+            known: Mutex::new(known),
         };
-        let mut known = Known::default();
-        for set in policies.sets.keys()? {
-            known.entries.entry(set).or_default();
-        }
-        for key in policies.identities.keys()? {
-            known
-                .entries
-                .entry(key.set)
-                .or_default()
-                .identities
-                .push(key.identity);
-        }
-        for key in policies.ports.keys()? {
-            known
-                .entries
-                .entry(key.set)
-                .or_default()
-                .ports
-                .push(key.port);
-        }
-        for key in policies.source_keys()? {
-            let data = key.data();
-            let len = u8::try_from(key.prefix_len().saturating_sub(SET_BITS)).unwrap_or(128);
-            let set = known
-                .entries
-                .entry(u32::from_be_bytes(data.set))
-                .or_default();
-            set.sources.push(SourcePrefix {
-                addr: data.addr,
-                len,
-            });
-        }
-        *policies.known() = known;
+        policies.take_over(&mut policies.known())?;
         Ok(policies)
+    }
+
+    fn take_over(&self, known: &mut Known) -> Result<(), DatapathError> {
+        let mut found: HashMap<u32, Entries> = HashMap::new();
+        for (key, mask) in self.identities.entries()? {
+            let entries = found.entry(key.set).or_default();
+            entries.identities.insert(key.identity);
+            entries.runs.extend(run_of(&mask));
+        }
+        for (key, mask) in self.ports.entries()? {
+            let entries = found.entry(key.set).or_default();
+            entries.ports.push(key.port);
+            entries.runs.extend(run_of(&mask));
+        }
+        for (set, prefix, mask) in self.sources.entries()? {
+            let entries = found.entry(set).or_default();
+            entries.sources.push(prefix);
+            entries.runs.extend(run_of(&mask));
+        }
+        for (id, set) in self.sets.entries()? {
+            let mut entries = found.remove(&id).unwrap_or_default();
+            let masks = [
+                set.other_sources,
+                set.other_ports,
+                set.destination4,
+                set.destination6,
+            ];
+            entries.runs.extend(masks.iter().filter_map(run_of));
+            // Nothing else owns these: a set's masks are its own.
+            entries.runs.retain(|run| known.blocks.take_at(*run));
+            known.sets.insert(id, entries);
+        }
+        for (id, halves) in found {
+            self.remove(id, &halves)?;
+        }
+        Ok(())
     }
 
     fn install(
         &self,
         id: u32,
-        set: &PolicySet,
-        identities: &[(u32, Mask)],
-        sources: &[(SourcePrefix, Mask)],
-        ports: &[(u16, Mask)],
+        compiled: &CompiledSet,
+        identities: &[(u32, TermMask)],
     ) -> Result<(), DatapathError> {
         if id == 0 {
             return Err(DatapathError::ReservedSet);
         }
-        if let Some((prefix, _)) = sources.iter().find(|(prefix, _)| prefix.len > 128) {
-            return Err(DatapathError::PrefixTooLong { length: prefix.len });
+        if let Some((prefix, _)) = compiled.sources.iter().find(|(p, _)| p.length > 128) {
+            return Err(DatapathError::PrefixTooLong {
+                length: prefix.length,
+            });
         }
-        let mut known = self.known();
-        self.collect(&mut known, false)?;
-        // What a killed agent left half-written under this id.
-        if let Some(stale) = known.entries.remove(&id) {
-            self.remove(id, &stale)?;
+        let known = &mut *self.known();
+        if known.sets.contains_key(&id) {
+            known.retired.push((id, Instant::now()));
+            self.collect(known, true)?;
         }
-        let entries = Entries {
-            identities: identities.iter().map(|(identity, _)| *identity).collect(),
-            ports: ports.iter().map(|(port, _)| *port).collect(),
-            sources: sources.iter().map(|(prefix, _)| *prefix).collect(),
+        let Some(written) = self.attempt(known, id, compiled, identities)? else {
+            // What waits to be given back may make room.
+            self.collect(known, true)?;
+            return match self.attempt(known, id, compiled, identities)? {
+                Some(written) => written,
+                None => Err(self.blocks.full()),
+            };
         };
-        let written = self.write(id, set, identities, sources, ports);
-        match &written {
-            Ok(()) => {
-                known.entries.insert(id, entries);
-            }
-            // Nothing points at the set yet.
-            Err(_) => self.remove(id, &entries)?,
-        }
         written
     }
 
-    /// The set itself last: an id without one denies.
-    fn write(
+    /// `None`: no room for the blocks, and nothing was done.
+    fn attempt(
         &self,
+        known: &mut Known,
         id: u32,
-        set: &PolicySet,
-        identities: &[(u32, Mask)],
-        sources: &[(SourcePrefix, Mask)],
-        ports: &[(u16, Mask)],
-    ) -> Result<(), DatapathError> {
-        for (identity, mask) in identities {
-            self.identities.put(
-                &IdentityKey {
+        compiled: &CompiledSet,
+        identities: &[(u32, TermMask)],
+    ) -> Result<Option<Result<(), DatapathError>>, DatapathError> {
+        let mut layout = Layout::default();
+        let mut staged = Staged::new(&mut known.blocks);
+        let lay_out = |layout: &mut Layout, staged: &mut Staged<'_>| {
+            let entries = compiled.lay_out(layout, staged)?;
+            let bound = identities.iter().map(|(identity, mask)| {
+                let key = IdentityKey {
                     set: id,
                     identity: *identity,
-                },
-                mask,
-            )?;
+                };
+                Some((key, layout.mask(mask, staged)?))
+            });
+            Some((entries, bound.collect::<Option<Vec<_>>>()?))
+        };
+        let laid_out = lay_out(&mut layout, &mut staged);
+        let Staged {
+            runs,
+            indices,
+            values,
+            ..
+        } = staged;
+        let entries = Entries {
+            identities: identities.iter().map(|(identity, _)| *identity).collect(),
+            ports: compiled.ports.iter().map(|(port, _)| *port).collect(),
+            sources: compiled.sources.iter().map(|(prefix, _)| *prefix).collect(),
+            runs: runs.into_iter().collect(),
+            layout,
+        };
+        let Some((laid_out, bound)) = laid_out else {
+            known.give_back(&entries);
+            return Ok(None);
+        };
+        // The set itself last: an id without one denies.
+        let write = || {
+            self.blocks.put_all(&indices, &values)?;
+            let (keys, masks): (Vec<_>, Vec<_>) = bound.into_iter().unzip();
+            self.identities.put_all(&keys, &masks)?;
+            let ports = laid_out.ports.into_iter();
+            let (keys, masks): (Vec<_>, Vec<_>) = ports.map(|(p, m)| (port_key(id, p), m)).unzip();
+            self.ports.put_all(&keys, &masks)?;
+            self.sources.put_all(id, &laid_out.sources)?;
+            self.sets.put(&id, &laid_out.set)
+        };
+        let written = write();
+        match &written {
+            Ok(()) => {
+                known.sets.insert(id, entries);
+            }
+            // Nothing points at the set yet.
+            Err(_) => {
+                self.remove(id, &entries)?;
+                known.give_back(&entries);
+            }
         }
-        for (port, mask) in ports {
-            self.ports.put(
-                &PortKey {
-                    set: id,
-                    port: *port,
-                    pad: 0,
-                },
-                mask,
-            )?;
-        }
-        for (prefix, mask) in sources {
-            self.sources()
-                .insert(&source_key(id, prefix), mask, 0)
-                .map_err(|e| table_error("write to", SOURCES, e))?;
-        }
-        self.sets.put(&id, set)
+        Ok(Some(written))
     }
 
-    fn bind(&self, set: u32, identity: u32, mask: &Mask) -> Result<(), DatapathError> {
+    fn bind(&self, set: u32, identity: u32, mask: &TermMask) -> Result<(), DatapathError> {
+        let known = &mut *self.known();
+        let entries = known.sets.entry(set).or_default();
+        let mut staged = Staged::new(&mut known.blocks);
+        let mask = entries.layout.mask(mask, &mut staged);
+        let Staged {
+            runs,
+            indices,
+            values,
+            ..
+        } = staged;
+        entries.runs.extend(runs);
+        let mask = mask.ok_or_else(|| self.blocks.full())?;
+        if let Err(error) = self.blocks.put_all(&indices, &values) {
+            // It has places for blocks that were not written.
+            entries.layout = Layout::default();
+            return Err(error);
+        }
+        self.identities.put(&IdentityKey { set, identity }, &mask)?;
+        entries.identities.insert(identity);
+        Ok(())
+    }
+
+    /// The blocks stay with the set: other identities have the same masks.
+    fn unbind(&self, set: u32, identities: &[u32]) -> Result<(), DatapathError> {
         let mut known = self.known();
-        self.identities.put(&IdentityKey { set, identity }, mask)?;
-        let identities = &mut known.entries.entry(set).or_default().identities;
-        if !identities.contains(&identity) {
-            identities.push(identity);
+        let keys = identities.iter().map(|identity| IdentityKey {
+            set,
+            identity: *identity,
+        });
+        self.identities.remove_all(&keys.collect::<Vec<_>>())?;
+        if let Some(entries) = known.sets.get_mut(&set) {
+            for identity in identities {
+                entries.identities.remove(identity);
+            }
         }
         Ok(())
     }
@@ -234,7 +340,10 @@ impl Policies {
         let mut known = self.known();
         known.retired.push((id, Instant::now()));
         let crowded = known.retired.len() > MOST_RETIRED;
-        self.collect(&mut known, crowded)
+        if crowded {
+            self.collect(&mut known, true)?;
+        }
+        Ok(())
     }
 
     /// Removes the sets that were retired long enough ago, or all.
@@ -254,8 +363,9 @@ impl Policies {
         known.retired = waiting;
         let due: Vec<(u32, Instant)> = due;
         for (id, _) in due {
-            if let Some(entries) = known.entries.remove(&id) {
+            if let Some(entries) = known.sets.remove(&id) {
                 self.remove(id, &entries)?;
+                known.give_back(&entries);
             }
         }
         Ok(())
@@ -264,40 +374,27 @@ impl Policies {
     /// The set itself first: an id without one denies.
     fn remove(&self, id: u32, entries: &Entries) -> Result<(), DatapathError> {
         self.sets.remove(&id)?;
-        for identity in &entries.identities {
-            self.identities.remove(&IdentityKey {
-                set: id,
-                identity: *identity,
-            })?;
-        }
-        for port in &entries.ports {
-            self.ports.remove(&PortKey {
-                set: id,
-                port: *port,
-                pad: 0,
-            })?;
-        }
-        for prefix in &entries.sources {
-            match self.sources().remove(&source_key(id, prefix)) {
-                Err(error) if !is_missing(&error) => {
-                    return Err(table_error("remove from", SOURCES, error));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        let identities = entries.identities.iter().map(|identity| IdentityKey {
+            set: id,
+            identity: *identity,
+        });
+        self.identities
+            .remove_all(&identities.collect::<Vec<_>>())?;
+        let ports = entries.ports.iter().map(|port| port_key(id, *port));
+        self.ports.remove_all(&ports.collect::<Vec<_>>())?;
+        self.sources.remove_all(id, &entries.sources)
     }
 
-    fn source_keys(&self) -> Result<Vec<Key<SourceKey>>, DatapathError> {
-        self.sources()
-            .keys()
-            .take(MOST_KEYS)
-            .collect::<Result<_, _>>()
-            .map_err(|e| table_error("list", SOURCES, e))
-    }
-
-    fn sources(&self) -> MutexGuard<'_, LpmTrie<MapData, SourceKey, Mask>> {
-        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    fn usage(&self) -> PolicyUsage {
+        let known = self.known();
+        let count = |of: fn(&Entries) -> usize| known.sets.values().map(of).sum();
+        PolicyUsage {
+            sets: known.sets.len(),
+            identities: count(|e| e.identities.len()),
+            ports: count(|e| e.ports.len()),
+            sources: count(|e| e.sources.len()),
+            blocks: self.blocks.len() - known.blocks.free(),
+        }
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -305,10 +402,95 @@ impl Policies {
     }
 }
 
-fn source_key(set: u32, prefix: &SourcePrefix) -> Key<SourceKey> {
-    let data = SourceKey {
-        set: set.to_be_bytes(),
-        addr: prefix.addr,
+impl Known {
+    fn give_back(&mut self, entries: &Entries) {
+        for run in &entries.runs {
+            self.blocks.give(*run);
+        }
+    }
+}
+
+fn run_of(mask: &Mask) -> Option<Run> {
+    let run = Run {
+        first: mask.first,
+        length: mask.blocks().count_ones(),
     };
-    Key::new(SET_BITS + u32::from(prefix.len), data)
+    (run.length > 0).then_some(run)
+}
+
+fn port_key(set: u32, port: u16) -> PortKey {
+    PortKey { set, port, pad: 0 }
+}
+
+/// `POLICY_SOURCES`.
+#[derive(Debug)]
+struct Sources {
+    fd: OwnedFd,
+    trie: Mutex<LpmTrie<MapData, SourceKey, Mask>>,
+}
+
+impl Sources {
+    const NAME: &str = "POLICY_SOURCES";
+
+    fn new(map: Map) -> Result<Self, DatapathError> {
+        Ok(Sources {
+            fd: descriptor(Self::NAME, &map)?,
+            trie: Mutex::new(
+                LpmTrie::try_from(map).map_err(|e| table_error("open", Self::NAME, e))?,
+            ),
+        })
+    }
+
+    fn put_all(&self, set: u32, entries: &[(SourcePrefix, Mask)]) -> Result<(), DatapathError> {
+        let entries = entries
+            .iter()
+            .map(|(prefix, m)| (trie_key(set, prefix), *m));
+        let (keys, masks): (Vec<_>, Vec<_>) = entries.unzip();
+        put_all(Self::NAME, self.fd.as_fd(), &keys, &masks, |key, mask| {
+            self.trie()
+                .insert(key, mask, 0)
+                .map_err(|e| table_error("write to", Self::NAME, e))
+        })
+    }
+
+    fn remove_all(&self, set: u32, prefixes: &[SourcePrefix]) -> Result<(), DatapathError> {
+        let keys: Vec<_> = prefixes.iter().map(|p| trie_key(set, p)).collect();
+        remove_all(self.fd.as_fd(), &keys, |key| {
+            match self.trie().remove(key) {
+                Err(error) if !is_missing(&error) => {
+                    Err(table_error("remove from", Self::NAME, error))
+                }
+                _ => Ok(()),
+            }
+        })
+    }
+
+    /// All entries, by set.
+    fn entries(&self) -> Result<Vec<(u32, SourcePrefix, Mask)>, DatapathError> {
+        let read = |e| table_error("list", Self::NAME, e);
+        let trie = self.trie();
+        let mut entries = Vec::new();
+        for key in trie.keys().take(MOST_KEYS) {
+            let key = key.map_err(read)?;
+            // An exact entry: the longest prefix of its own address that is no longer.
+            let mask = trie.get(&key, 0).map_err(read)?;
+            let data = key.data();
+            let length = key.prefix_len().saturating_sub(u32::BITS);
+            let prefix = SourcePrefix {
+                addr: data.addr,
+                length: u8::try_from(length).unwrap_or(128),
+            };
+            entries.push((u32::from_be_bytes(data.set), prefix, mask));
+        }
+        Ok(entries)
+    }
+
+    fn trie(&self) -> MutexGuard<'_, LpmTrie<MapData, SourceKey, Mask>> {
+        self.trie.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn trie_key(set: u32, prefix: &SourcePrefix) -> Key<SourceKey> {
+    let (length, data) = prefix.key(set);
+    Key::new(length, data)
 }

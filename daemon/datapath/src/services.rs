@@ -97,6 +97,10 @@ impl Services {
         old.map_or(Ok(()), |old| self.remove_backends(&old))
     }
 
+    pub(crate) fn contains(&self, key: &ServiceKey) -> bool {
+        self.known().services.contains_key(key)
+    }
+
     fn remove(&self, key: &ServiceKey) -> Result<(), DatapathError> {
         let mut known = self.known();
         self.services.remove(key)?;

@@ -12,7 +12,10 @@ use std::{
     path::Path,
 };
 
-use aya::maps::{MapData, RingBuf};
+use aya::{
+    Pod,
+    maps::{MapData, RingBuf},
+};
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// The cookie of the network namespace that `socket` was made in (`SO_NETNS_COOKIE`,
@@ -68,6 +71,61 @@ pub(crate) fn watch(ring: RingBuf<MapData>) -> io::Result<AsyncFd<RingBuf<MapDat
     // it is dropped, and the `AsyncFd` owns the ring buffer.
     let watched = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) };
     Ok(watched?)
+}
+
+const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
+const BPF_MAP_DELETE_BATCH: libc::c_int = 27;
+
+/// Writes entries of a map in one call (hash and array since Linux 5.6). Which of them
+/// were written is not known after an error.
+pub(crate) fn update_batch<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> io::Result<()> {
+    if keys.len() != values.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    batch(BPF_MAP_UPDATE_BATCH, map, keys, values.as_ptr() as u64)
+}
+
+/// Removes entries of a map in one call; a missing one ends it with an error.
+pub(crate) fn delete_batch<K: Pod>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<()> {
+    batch(BPF_MAP_DELETE_BATCH, map, keys, 0)
+}
+
+fn batch<K: Pod>(
+    command: libc::c_int,
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: u64,
+) -> io::Result<()> {
+    /// `union bpf_attr` of the `BPF_MAP_*_BATCH` commands.
+    #[repr(C)]
+    struct Attr {
+        in_batch: u64,
+        out_batch: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map_fd: u32,
+        elem_flags: u64,
+        flags: u64,
+    }
+    let mut attr = Attr {
+        in_batch: 0,
+        out_batch: 0,
+        keys: keys.as_ptr() as u64,
+        values,
+        count: u32::try_from(keys.len()).map_err(io::Error::other)?,
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        elem_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: `Attr` has the layout of these commands' part of the union. The kernel reads
+    // `count` keys, and as many values when it writes the map; both slices have as many,
+    // of the map's sizes (`require_sizes` compared them), and live until the call returns.
+    unsafe { bpf(command, &mut attr) }.map(drop)
 }
 
 const BPF_OBJ_GET: libc::c_int = 7;

@@ -14,10 +14,10 @@ use std::{
 use nix::sys::socket::{setsockopt, sockopt};
 use ringfence_bpf_common::{
     AGENT_DIAL, AGENT_LAST_HOP, Addr, AgentSocket, HOOK_CONNECT, HOOK_SK_LOOKUP, IDENTITY_NONE,
-    Mask, PolicySet, Reason, SET_HAS_ALLOW, SET_POLICY_NOT_RECEIVED, SET_STRICT,
-    SET_UNREPRESENTABLE, Verdict,
+    Reason, SET_HAS_ALLOW, SET_POLICY_NOT_RECEIVED, SET_STRICT, SET_UNREPRESENTABLE, Verdict,
 };
-use ringfence_datapath::{SourcePrefix, socket_cookie};
+use ringfence_datapath::socket_cookie;
+use ringfence_policies::SourcePrefix;
 use socket2::{Domain, Socket, Type};
 use support::*;
 
@@ -45,17 +45,12 @@ fn last_hop(lab: &Lab, identity: u32, source: IpAddr, to: SocketAddr) -> io::Res
 
 /// STRICT, and one ALLOW term that holds for Alice.
 fn only_alice(lab: &Lab) {
-    let set = PolicySet {
-        flags: SET_STRICT | SET_HAS_ALLOW,
-        allow: terms(&[0]),
-        ..Default::default()
-    };
     let identities = [
-        (IDENTITY_NONE, Mask::NONE),
+        (IDENTITY_NONE, terms(&[])),
         (ALICE, terms(&[0])),
-        (MALLORY, Mask::NONE),
+        (MALLORY, terms(&[])),
     ];
-    lab.install(&set, &identities);
+    lab.install(SET_STRICT | SET_HAS_ALLOW, &identities);
 }
 
 #[test]
@@ -193,7 +188,7 @@ fn last_hop_reaches_the_pod_alone_and_never_the_agent() {
         return;
     }
     let lab = Lab::new();
-    lab.install(&PolicySet::default(), &[(ALICE, Mask::NONE)]);
+    lab.install(0, &[(ALICE, terms(&[]))]);
     let _plain = lab.wire.listen(at(PLAIN4, 8080));
     let _loopback = lab.pod.listen(at(Ipv4Addr::LOCALHOST.into(), 8081));
     let _agent = lab.pod.listen(at(POD4, INBOUND));
@@ -221,37 +216,25 @@ fn policy_by_source_and_port_decides() {
     let lab = Lab::new();
     // Term 0 denies 10.1.0.0/16 but not 10.1.2.0/24; term 1 denies port 8081; term 65
     // denies fd01::/16.
-    let set = PolicySet {
-        deny: terms(&[0, 1, 65]),
-        other_sources: terms(&[1]),
-        other_ports: terms(&[0, 65]),
-        destination4: Mask::ALL,
-        destination6: Mask::ALL,
-        ..Default::default()
-    };
-    let prefix = |addr: &str, len| SourcePrefix {
+    let mut set = any_connection(0);
+    set.deny_terms = 256;
+    set.other_sources = terms(&[1]);
+    set.other_ports = terms(&[0, 65]);
+    let prefix = |addr: &str, length| SourcePrefix {
         addr: addr.parse::<IpAddr>().unwrap().into(),
-        len,
+        length,
     };
-    let sources = [
+    set.sources = vec![
         (prefix("10.1.0.0", 96 + 16), terms(&[0, 1])),
         (prefix("10.1.2.0", 96 + 24), terms(&[1])),
         (prefix("fd01::", 16), terms(&[1, 65])),
     ];
-    let ports = [(8081, terms(&[0, 1, 65]))];
-    lab.datapath
-        .install_set(7, &set, &[(ALICE, Mask::ALL)], &sources, &ports)
-        .unwrap();
+    set.ports = vec![(8081, terms(&[0, 1, 65]))];
+    let alice = [(ALICE, terms(&[0, 1, 65]))];
+    lab.datapath.install_set(7, &set, &alice).unwrap();
     // The same prefix in another set means something else.
-    lab.datapath
-        .install_set(
-            8,
-            &set,
-            &[],
-            &[(prefix("10.1.2.0", 96 + 24), Mask::ALL)],
-            &[],
-        )
-        .unwrap();
+    set.sources = vec![(prefix("10.1.2.0", 96 + 24), terms(&[0, 1, 65]))];
+    lab.datapath.install_set(8, &set, &[]).unwrap();
     let pod = ringfence_bpf_common::Pod {
         policy_set: 7,
         ..lab.entry()
@@ -357,13 +340,9 @@ fn whatever_is_unknown_is_denied() {
     let lab = Lab::new();
     let _server = lab.pod.listen(at(POD4, 8080));
     lab.wire.connect(at(POD4, 8080)).unwrap();
-    let set = |flags| PolicySet {
-        flags,
-        ..Default::default()
-    };
-    let everyone = [(IDENTITY_NONE, Mask::NONE), (ALICE, Mask::NONE)];
+    let everyone = [(IDENTITY_NONE, terms(&[])), (ALICE, terms(&[]))];
     for flags in [SET_UNREPRESENTABLE, SET_POLICY_NOT_RECEIVED] {
-        lab.install(&set(flags), &everyone);
+        lab.install(flags, &everyone);
         assert_eq!(errno(lab.wire.connect(at(POD4, 8080))), libc::ECONNREFUSED);
         assert_eq!(
             errno(last_hop(&lab, ALICE, CLIENT, at(POD4, 8080))),

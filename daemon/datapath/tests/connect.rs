@@ -6,7 +6,7 @@ mod support;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ringfence_bpf_common::{Backend, WORKLOAD_MESH, WORKLOAD_REFUSE, Workload};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::Domain;
 use support::*;
 
 /// Connects to `asked` and checks what the application, the agent and the record say.
@@ -382,37 +382,6 @@ fn what_cannot_be_tunnelled_is_refused_and_never_plain() {
         .unwrap();
     assert_eq!(errno(lab.pod.connect(at(VIP4, 80))), libc::EPERM);
     assert_eq!(lab.counter("refused"), 3);
-    assert!(server.accept().is_err(), "nothing arrived");
-}
-
-#[test]
-fn multipath_tcp_towards_the_mesh_never_goes_out_in_plaintext() {
-    if !can_run("multipath_tcp_towards_the_mesh_never_goes_out_in_plaintext") {
-        return;
-    }
-    const IPPROTO_MPTCP: i32 = 262;
-    let lab = Lab::new();
-    let server = lab.wire.listen(at(MESH4, 8080));
-    server.set_nonblocking(true).unwrap();
-    let socket = lab.pod.run(|| {
-        Socket::new(
-            Domain::IPV4,
-            Type::STREAM,
-            Some(Protocol::from(IPPROTO_MPTCP)),
-        )
-    });
-    let Ok(socket) = socket else {
-        eprintln!("SKIPPED: this kernel has no MPTCP");
-        return;
-    };
-    let outcome = lab
-        .pod
-        .run(|| socket.connect_timeout(&at(MESH4, 8080).into(), std::time::Duration::from_secs(3)));
-    // Nobody listens on the agent's port. Linux shows the program the first subflow, a
-    // TCP socket, which is redirected like any other.
-    assert!(outcome.is_err());
-    assert_eq!(lab.counter("redirected") + lab.counter("refused"), 1);
-    assert_eq!(lab.counter("direct"), 0);
     assert!(server.accept().is_err(), "nothing arrived");
 }
 

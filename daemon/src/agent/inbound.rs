@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use ktls_offload::{Open, RefuseReason, Tunnel};
+use ringfence_bpf_common::Reason;
 use ringfence_identity::{ExpectedPeer, PeerVerifier, tls};
 use tokio::net::TcpStream;
 
@@ -83,10 +84,17 @@ async fn serve(agent: &Arc<Agent>, pod: &Arc<Pod>, mut tunnel: Tunnel) {
         let (app, judged) = match last_hop(agent, pod, &tunnel, &open).await {
             Ok(admitted) => admitted,
             Err(reason) => {
-                agent.metrics.refused(reason.as_str());
+                // The peer learns that policy refuses it, and no more.
+                let why = match reason {
+                    RefuseReason::PolicyDenied if pod.policy.lacks_policy() => {
+                        Reason::PolicyNotReceived.as_str()
+                    }
+                    reason => reason.as_str(),
+                };
+                agent.metrics.refused(why);
                 tracing::info!(
                     pod = pod.config.name, peer = %tunnel.peer().id(), source = %open.source,
-                    destination = %open.destination, reason = reason.as_str(), "stream refused"
+                    destination = %open.destination, reason = why, "stream refused"
                 );
                 if let Err(error) = tunnel.refuse(reason).await {
                     tracing::debug!(%error, "refusal not delivered");
@@ -125,6 +133,8 @@ async fn last_hop(
     tunnel: &Tunnel,
     open: &Open,
 ) -> Result<(TcpStream, Judged), RefuseReason> {
+    // A policy that the workload names may still be on its way.
+    pod.hold.over().await;
     // A tunnel outlives the handshake; the certificate it was made with must not.
     if tunnel.peer().not_after() < status::now().cast_signed() {
         return Err(RefuseReason::CertificateExpired);
@@ -149,12 +159,14 @@ async fn last_hop(
         return Err(RefuseReason::SourceForged);
     }
 
-    // Policies name the canonical domain, whichever alias the certificate has.
-    let canonical = agent.trust.aliases().canonical(tunnel.peer().id());
-    let identity = agent.identities.number(&canonical).map_err(|error| {
-        tracing::warn!(%error, "a verified identity has no number: refused");
-        RefuseReason::PolicyDenied
-    })?;
+    let peer = tunnel.peer().id();
+    let identity = agent
+        .identities
+        .number(peer, &agent.trust.aliases())
+        .map_err(|error| {
+            tracing::warn!(%error, "a verified identity has no number: refused");
+            RefuseReason::PolicyDenied
+        })?;
     let connect =
         || sockets::start_last_hop(&agent.datapath, &pod.netns, identity, client, destination);
     let (set, started) = pod

@@ -1,11 +1,13 @@
 //! What the control plane said: workloads, services and policies, checked and indexed.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::borrow::Borrow;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ringfence_identity::{SpiffeId, TrustDomain, WorkloadIdentity};
-use ringfence_policies::PolicyStore;
+use ringfence_policies::{Affected, PolicyChange, PolicyStore};
 use ringfence_xds::proto::workload as wire;
 
 /// A workload as the agent uses it.
@@ -186,10 +188,40 @@ fn port_list(ports: &[wire::Port]) -> Result<Vec<(u16, u16)>, String> {
 /// Everything the control plane said that was usable.
 #[derive(Debug)]
 pub struct Mesh {
-    pub workloads: HashMap<String, Arc<Workload>>,
-    pub services: HashMap<String, Arc<Service>>,
-    pub policies: PolicyStore,
+    workloads: HashMap<String, Arc<Workload>>,
+    services: HashMap<String, Arc<Service>>,
+    policies: PolicyStore,
     by_address: HashMap<IpAddr, Arc<Workload>>,
+    /// By namespace and name: more than one while a pod takes another's place.
+    by_name: HashMap<(String, String), BTreeSet<String>>,
+    /// Uids of the workloads that say they serve a service.
+    members: HashMap<String, BTreeSet<String>>,
+    changes: Changes,
+}
+
+/// What changed, so that nothing else is looked at.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Everything may have.
+    pub all: bool,
+    /// Addresses whose workload did.
+    pub addresses: HashSet<IpAddr>,
+    /// Services that did, or a member of theirs.
+    pub services: HashSet<String>,
+    /// Workloads that did, by namespace and name.
+    pub workloads: HashSet<(String, String)>,
+    pub policies: Affected,
+}
+
+impl Changes {
+    /// Adds what changed later.
+    pub fn merge(&mut self, later: Changes) {
+        self.all |= later.all;
+        self.addresses.extend(later.addresses);
+        self.services.extend(later.services);
+        self.workloads.extend(later.workloads);
+        self.policies.merge(later.policies);
+    }
 }
 
 impl Mesh {
@@ -200,17 +232,81 @@ impl Mesh {
             services: HashMap::new(),
             policies: PolicyStore::new(root_namespace),
             by_address: HashMap::new(),
+            by_name: HashMap::new(),
+            members: HashMap::new(),
+            changes: Changes {
+                all: true,
+                ..Changes::default()
+            },
+        }
+    }
+
+    /// What changed since the last call; everything, the first time.
+    pub fn take_changes(&mut self) -> Changes {
+        std::mem::take(&mut self.changes)
+    }
+
+    pub fn workloads(&self) -> &HashMap<String, Arc<Workload>> {
+        &self.workloads
+    }
+
+    pub fn services(&self) -> &HashMap<String, Arc<Service>> {
+        &self.services
+    }
+
+    pub fn policies(&self) -> &PolicyStore {
+        &self.policies
+    }
+
+    /// Adds, replaces and removes policies.
+    pub fn change_policies(&mut self, changes: impl IntoIterator<Item = PolicyChange>) {
+        let affected = self.policies.apply(changes);
+        self.changes.policies.merge(affected);
+    }
+
+    /// Adds or replaces a service.
+    pub fn put_service(&mut self, service: Service) {
+        if self
+            .services
+            .get(&service.key)
+            .is_some_and(|old| **old == service)
+        {
+            return;
+        }
+        self.changes.services.insert(service.key.clone());
+        self.services.insert(service.key.clone(), Arc::new(service));
+    }
+
+    /// Forgets a service.
+    pub fn remove_service(&mut self, key: &str) {
+        if self.services.remove(key).is_some() {
+            self.changes.services.insert(key.to_owned());
         }
     }
 
     /// Adds or replaces a workload.
     pub fn put_workload(&mut self, workload: Workload) {
+        if self
+            .workloads
+            .get(&workload.uid)
+            .is_some_and(|old| **old == workload)
+        {
+            return;
+        }
         self.remove_workload(&workload.uid.clone());
         let workload = Arc::new(workload);
+        self.note(&workload);
         for address in &workload.addresses {
             self.by_address.insert(*address, workload.clone());
         }
-        self.workloads.insert(workload.uid.clone(), workload);
+        let uid = &workload.uid;
+        let names = self.by_name.entry(name_of(&workload)).or_default();
+        names.insert(uid.clone());
+        for key in workload.services.keys() {
+            let members = self.members.entry(key.clone()).or_default();
+            members.insert(uid.clone());
+        }
+        self.workloads.insert(uid.clone(), workload);
     }
 
     /// Forgets a workload.
@@ -218,12 +314,31 @@ impl Mesh {
         let Some(old) = self.workloads.remove(uid) else {
             return;
         };
+        self.note(&old);
         for address in &old.addresses {
             // A newer pod may have taken the address over.
             if self.by_address.get(address).is_some_and(|w| w.uid == uid) {
                 self.by_address.remove(address);
             }
         }
+        take_out(&mut self.by_name, &name_of(&old), uid);
+        for key in old.services.keys() {
+            take_out(&mut self.members, key, uid);
+        }
+    }
+
+    fn note(&mut self, workload: &Workload) {
+        self.changes.addresses.extend(&workload.addresses);
+        self.changes
+            .services
+            .extend(workload.services.keys().cloned());
+        self.changes.workloads.insert(name_of(workload));
+    }
+
+    /// The workloads that serve a service, by uid.
+    pub fn members(&self, service: &str) -> impl Iterator<Item = &Arc<Workload>> {
+        let uids = self.members.get(service).into_iter().flatten();
+        uids.filter_map(|uid| self.workloads.get(uid))
     }
 
     /// The workload that has an address.
@@ -240,9 +355,8 @@ impl Mesh {
 
     /// The workload of a pod.
     pub fn by_name(&self, namespace: &str, name: &str) -> Option<&Arc<Workload>> {
-        self.workloads
-            .values()
-            .find(|w| w.namespace == namespace && w.name == name)
+        let uids = self.by_name.get(&(namespace.to_owned(), name.to_owned()))?;
+        uids.iter().find_map(|uid| self.workloads.get(uid))
     }
 
     /// The identities that a peer at `address` may have.
@@ -260,6 +374,24 @@ impl Mesh {
             );
         }
         ids
+    }
+}
+
+fn name_of(workload: &Workload) -> (String, String) {
+    (workload.namespace.clone(), workload.name.clone())
+}
+
+/// Takes a uid out of an index, and its entry when nothing is left in it.
+fn take_out<K, Q>(index: &mut HashMap<K, BTreeSet<String>>, key: &Q, uid: &str)
+where
+    K: Borrow<Q> + Eq + Hash,
+    Q: Eq + Hash + ?Sized,
+{
+    if let Some(uids) = index.get_mut(key) {
+        uids.remove(uid);
+        if uids.is_empty() {
+            index.remove(key);
+        }
     }
 }
 
@@ -336,5 +468,46 @@ mod tests {
         mesh.put_workload(Workload::from_wire(wire("new", &[10, 0, 0, 1])).unwrap());
         mesh.remove_workload("old");
         assert_eq!(mesh.by_address(address).unwrap().uid, "new");
+    }
+
+    #[test]
+    fn what_did_not_change_is_not_looked_at() {
+        let mut mesh = Mesh::new("root");
+        let put = |mesh: &mut Mesh, uid, last| {
+            mesh.put_workload(Workload::from_wire(wire(uid, &[10, 0, 0, last])).unwrap());
+        };
+        put(&mut mesh, "one", 1);
+        put(&mut mesh, "two", 2);
+        assert!(mesh.take_changes().all, "nothing has been looked at yet");
+        put(&mut mesh, "one", 1);
+        mesh.remove_workload("unknown");
+        mesh.remove_service("unknown");
+        mesh.change_policies([]);
+        let none = mesh.take_changes();
+        assert!(!none.all && none.addresses.is_empty() && none.workloads.is_empty());
+        assert!(none.services.is_empty() && none.policies.is_empty());
+        // The old address is looked at too: nobody has it now.
+        put(&mut mesh, "two", 3);
+        let moved = mesh.take_changes();
+        let addresses = [2, 3].map(|last| IpAddr::from([10, 0, 0, last]));
+        assert_eq!(moved.addresses, HashSet::from(addresses));
+        assert!(moved.workloads.contains(&("demo".into(), "web".into())));
+    }
+
+    #[test]
+    fn workloads_are_found_by_name_and_by_service() {
+        let mut mesh = Mesh::new("root");
+        let mut web = wire("u", &[10, 0, 0, 1]);
+        web.services
+            .insert("demo/web".into(), wire::PortList::default());
+        mesh.put_workload(Workload::from_wire(web).unwrap());
+        assert_eq!(mesh.by_name("demo", "web").unwrap().uid, "u");
+        assert!(mesh.by_name("demo", "other").is_none());
+        assert_eq!(mesh.members("demo/web").count(), 1);
+        // It leaves the service, then the mesh.
+        mesh.put_workload(Workload::from_wire(wire("u", &[10, 0, 0, 1])).unwrap());
+        assert_eq!(mesh.members("demo/web").count(), 0);
+        mesh.remove_workload("u");
+        assert!(mesh.by_name("demo", "web").is_none());
     }
 }

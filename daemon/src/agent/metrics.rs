@@ -8,6 +8,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use super::policy_metrics::PolicyMetrics;
+
 /// Label set with one reason.
 type Reasons = Family<[(&'static str, &'static str); 1], Counter>;
 
@@ -29,12 +31,16 @@ pub struct Metrics {
     stream_ends: Reasons,
     /// Connections that never became a stream, by why.
     refused: Reasons,
+    /// Plaintext connections that were ended, by direction.
+    plaintext_ends: Reasons,
     /// Handshakes that failed, by why.
     handshake_failures: Reasons,
     /// Resources of the control plane that were rejected.
     pub rejected_resources: Counter,
     /// Seconds that each certificate is still valid.
     svid_seconds_left: Family<[(&'static str, String); 1], Gauge>,
+    /// Verdicts, tables and times of policy.
+    pub policy: PolicyMetrics,
 }
 
 impl Default for Metrics {
@@ -69,11 +75,17 @@ impl Default for Metrics {
             "refused",
             "Connections refused before they became a stream, by reason",
         );
+        let plaintext_ends = family(
+            "plaintext_ends",
+            "Plaintext connections ended because they are no longer admitted, by direction",
+        );
         let handshake_failures = family(
             "handshake_failures",
             "TLS handshakes that failed, by reason",
         );
+        let policy = PolicyMetrics::register(&mut registry);
         Metrics {
+            policy,
             registry,
             outbound_accepted,
             inbound_accepted,
@@ -82,6 +94,7 @@ impl Default for Metrics {
             streams,
             stream_ends,
             refused,
+            plaintext_ends,
             handshake_failures,
             rejected_resources,
             svid_seconds_left,
@@ -105,6 +118,13 @@ impl Metrics {
     /// A connection never became a stream.
     pub fn refused(&self, reason: &'static str) {
         self.refused.get_or_create(&[("reason", reason)]).inc();
+    }
+
+    /// Plaintext connections were ended.
+    pub fn plaintext_ended(&self, direction: &'static str, number: usize) {
+        self.plaintext_ends
+            .get_or_create(&[("direction", direction)])
+            .inc_by(number as u64);
     }
 
     /// A handshake failed.
@@ -132,11 +152,13 @@ impl Metrics {
         text
     }
 
-    /// Name (with labels) and value of every counter, for the status page.
+    /// Name (with labels) and value of every counter, for the status page; without those of
+    /// policy, which are many.
     pub fn counters(&self) -> BTreeMap<String, u64> {
         self.encode()
             .lines()
             .filter(|line| !line.starts_with('#'))
+            .filter(|line| !OF_POLICY.iter().any(|name| line.starts_with(name)))
             .filter_map(|line| {
                 let (name, value) = line.rsplit_once(' ')?;
                 let name = name.replacen("ringfence_", "", 1).replacen("_total", "", 1);
@@ -145,6 +167,14 @@ impl Metrics {
             .collect()
     }
 }
+
+/// How the names of policy's own metrics begin.
+const OF_POLICY: [&str; 4] = [
+    "ringfence_verdicts_",
+    "ringfence_dry_run_",
+    "ringfence_policy_",
+    "ringfence_kernel_",
+];
 
 #[cfg(test)]
 mod tests {

@@ -1,13 +1,24 @@
 //! The node's agent: what it holds, and how the parts are wired.
 
+mod applied;
+mod audit;
+mod audit_file;
 mod convert;
+mod dry_run;
+mod egress;
+mod explain;
+mod guard;
+mod hold;
+mod in_force;
 mod inbound;
 mod mesh;
 mod metrics;
 mod netns;
 mod outbound;
+mod plaintext;
 mod pods;
 mod policy;
+mod policy_metrics;
 mod pool;
 mod roster;
 mod sockets;
@@ -19,16 +30,15 @@ mod watch;
 mod workload_api;
 
 use std::collections::HashSet;
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
+use arc_swap::ArcSwap;
 use ktls_offload::{KernelSuites, RecordLayer, ResetReason, SoftwareReason, Tunnel, TunnelConfig};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use ringfence_bpf_common::Reason;
 use ringfence_datapath::{Datapath, DatapathError, Options};
 use ringfence_identity::tls::KeyExchangePolicy;
 use ringfence_identity::{
@@ -41,12 +51,19 @@ use tokio::sync::{Notify, watch as state};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{AgentConfig, RecordLayerChoice};
+use crate::authz::report::{
+    Applied, DryRun, DryRunRequest, ExplainRequest, Explanation, Log, LogRequest,
+};
+use crate::config::{AgentConfig, Egress, RecordLayerChoice};
 use crate::{admin, status};
-use mesh::Mesh;
+use audit::Audit;
+pub use explain::Unanswered;
+use in_force::InForce;
+use mesh::{Changes, Mesh};
 use metrics::Metrics;
+use plaintext::Plaintext;
 use pods::Pods;
-use policy::{Identities, SetNumbers};
+use policy::{Identities, Sets};
 use pool::Pool;
 use roster::Roster;
 use streams::{Activity, Direction, Stream};
@@ -76,10 +93,15 @@ pub struct Agent {
     control_plane: OnceLock<state::Receiver<ConnectionState>>,
     pods: Pods,
     identities: Identities,
-    set_numbers: SetNumbers,
+    /// The outbound modes; they follow the configuration file.
+    egress: ArcSwap<Egress>,
+    plaintext: Plaintext,
+    sets: Sets,
+    in_force: InForce,
     pool: Pool,
     activity: Arc<Activity>,
     metrics: Metrics,
+    audit: Audit,
 }
 
 /// Whether the first complete answer of each type has arrived.
@@ -127,7 +149,34 @@ impl Agent {
         };
         self.metrics
             .set_svids(self.svids.snapshot().into_iter().filter_map(left));
+        let kernel = self.datapath.counters().unwrap_or_else(|error| {
+            tracing::warn!(%error, "the kernel's counters cannot be read");
+            Vec::new()
+        });
+        self.metrics
+            .policy
+            .set_kernel(&applied::tables(self), &kernel);
         self.metrics.encode()
+    }
+
+    /// Which policies decide about connections to the workloads of this node.
+    pub fn applied(&self) -> Applied {
+        applied::applied(self)
+    }
+
+    /// Why a connection would be admitted or not. Asks the kernel.
+    pub fn explain(&self, request: &ExplainRequest) -> Result<Explanation, Unanswered> {
+        explain::explain(self, request)
+    }
+
+    /// What manifests would change. Changes nothing, and may take a while.
+    pub fn dry_run(&self, request: &DryRunRequest) -> Result<DryRun, Unanswered> {
+        dry_run::dry_run(self, request)
+    }
+
+    /// The last verdicts of the kernel.
+    pub async fn verdicts(&self, request: &LogRequest) -> Log {
+        self.audit.log(request).await
     }
 
     /// Relays a stream until it ends; the tunnel comes back when it can serve another.
@@ -143,7 +192,7 @@ impl Agent {
         let _listed = self.activity.enter(stream);
         // On the list first, then this look: a policy that changed in between is seen
         // either here or by whoever changed it.
-        if judged.is_some_and(|j| j.set != pod.policy.set() && !pod.policy.admits(&j)) {
+        if judged.is_some_and(|j| j.set != pod.policy.set() && !pod.still_admits(self, &j)) {
             handle.cut(ResetReason::PolicyChanged);
         }
         // The same for a revocation list.
@@ -220,8 +269,8 @@ impl Agent {
                 state: state.into(),
                 error,
                 synced: self.synced(),
-                workloads: mesh.workloads.len(),
-                services: mesh.services.len(),
+                workloads: mesh.workloads().len(),
+                services: mesh.services().len(),
             },
             record_layer: status::RecordLayer {
                 mode: self.tunnels.records.as_str().into(),
@@ -235,8 +284,14 @@ impl Agent {
             revocation_lists: trust::describe_lists(self),
             streams: self.activity.streams(),
             handshakes: self.activity.handshakes(),
-            policies: policy::describe(&mesh.policies),
+            policies: self.in_force.describe(),
             counters,
+            warnings: self
+                .plaintext
+                .unable()
+                .map(Into::into)
+                .into_iter()
+                .collect(),
         }
     }
 }
@@ -265,11 +320,17 @@ pub async fn run(
 
     let trust = trust::store(&config)?;
     let source = trust::source(&config, &trust)?;
+    let metrics = Metrics::default();
+    let audit = Audit::new(&config.audit, &metrics.policy)
+        .with_context(|| format!("audit log {}", config.audit.name()))?;
     let agent = Arc::new(Agent {
         svids: SvidManager::start(source, trust.clone(), manager_config(&config)),
         key_exchange: trust::key_exchange(&config),
         mesh: RwLock::new(Mesh::new(&config.root_namespace)),
-        set_numbers: SetNumbers::after(highest_set),
+        egress: ArcSwap::from_pointee(config.egress.clone()),
+        plaintext: Plaintext::default(),
+        sets: Sets::after(highest_set, metrics.policy.compile_seconds.clone()),
+        in_force: InForce::default(),
         datapath,
         tunnels: TunnelConfig {
             require_kernel: config.record_layer == RecordLayerChoice::Kernel,
@@ -284,13 +345,15 @@ pub async fn run(
         identities: Identities::default(),
         pool: Pool::default(),
         activity: Arc::default(),
-        metrics: Metrics::default(),
+        metrics,
+        audit,
         config,
     });
     let mut background = JoinSet::new();
     background.spawn(admin::serve(listener, agent.clone()));
-    background.spawn(log_verdicts(agent.clone()));
+    background.spawn(audit::serve(agent.clone()));
     background.spawn(retire_tunnels(agent.clone()));
+    background.spawn(plaintext::serve(agent.clone()));
     trust::watch(&agent, &mut background)?;
     if let Some(socket) = &agent.config.identity.workload_api_socket {
         let listener = ringfence_workload_api::bind(socket)
@@ -332,35 +395,97 @@ async fn supervise(
     let mut file_changes = FileChanges::of(path)?;
     let mut tick = tokio::time::interval(Duration::from_secs(2));
     let mut shutdown = std::pin::pin!(shutdown);
+    // What changed and is not in force yet.
+    let mut pending = Changes::default();
     loop {
+        let hold = agent
+            .pods
+            .list()
+            .iter()
+            .filter_map(|p| p.hold.until())
+            .min();
+        let give_up = async {
+            match hold {
+                Some(until) => tokio::time::sleep_until(until).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = &mut shutdown => return Ok(()),
-            () = agent.changed.notified() => reconcile(agent, &mut tables),
+            () = agent.changed.notified() => reconcile(agent, &mut tables, &mut pending),
+            () = give_up => reconcile(agent, &mut tables, &mut pending),
             () = file_changes.next() => match AgentConfig::load(path) {
-                Ok(config) => roster.wanted(agent, config.pods).await,
+                Ok(config) => {
+                    if **agent.egress.load() != config.egress {
+                        agent.egress.store(Arc::new(config.egress));
+                        pending.all = true;
+                        agent.changed.notify_one();
+                    }
+                    roster.wanted(agent, config.pods).await;
+                }
                 Err(error) => tracing::error!(%error, "the changed configuration is not used"),
             },
             _ = tick.tick() => {
                 roster.tend(agent).await;
+                guard::tend(agent, &agent.pods.list());
                 agent.pool.sweep().await;
+                reconcile(agent, &mut tables, &mut pending);
+                let agent = agent.clone();
+                tokio::task::spawn_blocking(move || {
+                    if let Err(error) = agent.datapath.collect_sets() {
+                        tracing::error!(%error, "old policy sets cannot be removed");
+                    }
+                });
             }
         }
     }
 }
 
-/// Makes the kernel's tables and the pods what the mesh says. Before both kinds of
-/// resources are complete, what is pinned goes on deciding.
-fn reconcile(agent: &Agent, tables: &mut Tables) {
+/// Makes the kernel's tables and the pods what the mesh says, where it changed. Before both
+/// kinds of resources are complete, what is pinned goes on deciding.
+fn reconcile(agent: &Agent, tables: &mut Tables, pending: &mut Changes) {
     if !agent.synced() {
         return;
     }
-    let mesh = agent.mesh();
-    if let Err(error) = tables.apply(&mesh, &agent.datapath) {
+    let mut mesh = agent.mesh_mut();
+    pending.merge(mesh.take_changes());
+    let pushed = agent.metrics.policy.take_pushed();
+    let mesh = RwLockWriteGuard::downgrade(mesh);
+    let mut complete = true;
+    if let Err(error) = tables.apply(&mesh, pending, &agent.datapath) {
         tracing::error!(%error, "the kernel's tables are not up to date");
+        complete = false;
     }
+    let mut judge_again = Vec::new();
     for pod in agent.pods.list() {
-        if let Err(error) = pods::refresh(agent, &pod, &mesh) {
-            tracing::error!(%error, pod = pod.config.name, "the pod's kernel tables are not up to date");
+        if !pods::is_concerned(&pod, pending) {
+            continue;
+        }
+        match pods::refresh(agent, &pod, &mesh) {
+            Ok(false) => {}
+            Ok(true) => judge_again.push(pod),
+            Err(error) => {
+                tracing::error!(%error, pod = pod.config.name, "the pod's kernel tables are not up to date");
+                judge_again.push(pod);
+                complete = false;
+            }
+        }
+    }
+    pods::judge_again(agent, &judge_again);
+    if pending.all || !pending.addresses.is_empty() || !pending.services.is_empty() {
+        // A destination of anybody's may be in the mesh now.
+        plaintext::rejudge(agent, &agent.pods.list());
+    } else {
+        plaintext::rejudge(agent, &judge_again);
+    }
+    agent.metrics.policy.enforced(pushed, complete);
+    if complete {
+        let changes = std::mem::take(pending);
+        if changes.all {
+            agent.in_force.reset(mesh.policies());
+        } else {
+            let names = &changes.policies.names;
+            agent.in_force.update(mesh.policies(), names);
         }
     }
     // Once: from then on each pod's policy removes what it replaces.
@@ -403,37 +528,6 @@ async fn retire_tunnels(agent: Arc<Agent>) {
             // Tunnels of an old certificate are not taken any more; they only close later.
             Err(RecvError::Lagged(_)) => {}
             Err(RecvError::Closed) => return,
-        }
-    }
-}
-
-/// Writes the kernel's refusals to the log. A lost event is counted, never a verdict.
-async fn log_verdicts(agent: Arc<Agent>) {
-    let mut events = match agent.datapath.events() {
-        Ok(events) => events,
-        Err(error) => {
-            tracing::error!(%error, "verdicts cannot be logged; they are enforced all the same");
-            return;
-        }
-    };
-    loop {
-        match events.next().await {
-            Ok(event) => {
-                let reason = Reason::from_number(event.reason).map_or("unknown", Reason::as_str);
-                let source = SocketAddr::new(event.source.addr.into(), event.source.port);
-                let destination =
-                    SocketAddr::new(event.destination.addr.into(), event.destination.port);
-                let peer = agent.identities.describe(event.identity);
-                if event.reason >= Reason::Denied as u16 {
-                    tracing::info!(%source, %destination, peer, reason, "denied by the kernel");
-                } else {
-                    tracing::debug!(%source, %destination, peer, reason, "admitted by the kernel");
-                }
-            }
-            Err(error) => {
-                tracing::error!(%error, "verdicts are no longer logged; they are enforced all the same");
-                return;
-            }
         }
     }
 }

@@ -1,22 +1,23 @@
 //! Enrolled pods: their namespace, their workload, their listeners.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use ktls_offload::ResetReason;
-use ringfence_bpf_common::{Addr, POD_READY, Pod as KernelPod};
+use ringfence_bpf_common::{Addr, POD_HOLD, POD_READY, Pod as KernelPod};
 use ringfence_datapath::DatapathError;
-use ringfence_policies::{CompiledSet, compile};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
-use super::mesh::{Mesh, Workload};
+use super::guard::{self, Guard};
+use super::hold::Hold;
+use super::mesh::{Changes, Mesh, Workload};
 use super::netns::{Netns, ipv6_enabled};
-use super::policy::{PodPolicy, by_family};
-use super::streams::Stream;
-use super::{Agent, inbound, outbound};
+use super::policy::{InstalledSet, Judged, PodPolicy, by_family};
+use super::{Agent, applied, egress, inbound, outbound, plaintext};
 use crate::config::PodConfig;
 use crate::status;
 
@@ -56,6 +57,10 @@ pub struct Pod {
     pub config: PodConfig,
     pub netns: Netns,
     pub policy: PodPolicy,
+    /// Whether its packets are guarded.
+    pub guard: Guard,
+    /// New connections wait for a policy that has not arrived.
+    pub hold: Hold,
     state: RwLock<State>,
 }
 
@@ -69,6 +74,12 @@ struct State {
 }
 
 impl Pod {
+    /// Whether the policies in force admit a connection that is there already.
+    pub fn still_admits(&self, agent: &Agent, connection: &Judged) -> bool {
+        let waiting = self.hold.until().is_some();
+        self.policy.admits(&agent.identities, connection, waiting)
+    }
+
     /// The pod's workload, once the control plane has named it and it is usable.
     pub fn workload(&self) -> Option<Arc<Workload>> {
         self.read().workload
@@ -112,6 +123,7 @@ impl Pod {
                 .map(|w| w.identity.spiffe_id().to_string())
                 .unwrap_or_default(),
             policy_set: self.policy.set(),
+            guard: self.guard.state().describe(),
             ready: held.is_none(),
             reason: held.or_else(|| (!problems.is_empty()).then(|| problems.join("; "))),
         }
@@ -131,6 +143,12 @@ impl Pods {
     pub fn list(&self) -> Vec<Arc<Pod>> {
         let enrolled = self.enrolled.read().unwrap_or_else(PoisonError::into_inner);
         enrolled.values().cloned().collect()
+    }
+
+    /// The enrolled pod with this network namespace cookie.
+    pub fn by_cookie(&self, cookie: u64) -> Option<Arc<Pod>> {
+        let enrolled = self.enrolled.read().unwrap_or_else(PoisonError::into_inner);
+        enrolled.get(&cookie).cloned()
     }
 
     /// Sets which pods could not be enrolled.
@@ -187,8 +205,9 @@ pub async fn enrol(
     agent.datapath.enrol(
         netns.as_fd(),
         cookie,
-        &pinned.unwrap_or_else(|| kernel_pod(None, 0)),
+        &pinned.unwrap_or_else(|| kernel_pod(None, 0, false)),
     )?;
+    let guard = Guard::new(guard::attach(&agent.datapath, &netns));
     netns.prepare().await.map_err(in_netns)?;
 
     let mut listeners = Vec::new();
@@ -212,6 +231,8 @@ pub async fn enrol(
     let pod = Arc::new(Pod {
         config: config.clone(),
         policy: PodPolicy::default(),
+        guard,
+        hold: Hold::default(),
         state: RwLock::new(State {
             held: Some("waiting-for-control-plane".into()),
             ..State::default()
@@ -219,6 +240,8 @@ pub async fn enrol(
         netns,
     });
     agent.pods.insert(pod.clone());
+    // What it had before.
+    plaintext::rejudge(agent, std::slice::from_ref(&pod));
     for (port, listener) in listeners {
         let (agent, pod) = (agent.clone(), pod.clone());
         tasks.spawn(async move {
@@ -239,39 +262,43 @@ pub async fn enrol(
     Ok(pod)
 }
 
-/// Whether a stream that was admitted meets a policy that refuses it.
-pub fn no_longer_admitted(pod: &Pod, stream: &Stream) -> Option<ResetReason> {
-    let judged = stream.judged.as_ref()?;
-    (!pod.policy.admits(judged)).then_some(ResetReason::PolicyChanged)
-}
-
-/// Ends live streams of a pod.
-fn cut(agent: &Agent, pod: &Pod, reason: impl Fn(&Stream) -> Option<ResetReason>) {
-    let cookie = pod.netns.cookie();
-    let number = agent.activity.cut(|s| {
-        if s.pod.netns.cookie() == cookie {
-            reason(s)
-        } else {
-            None
+/// Ends the live streams of these pods that are no longer admitted.
+pub fn judge_again(agent: &Agent, pods: &[Arc<Pod>]) {
+    let changed: HashSet<u64> = pods.iter().map(|pod| pod.netns.cookie()).collect();
+    if changed.is_empty() {
+        return;
+    }
+    let number = agent.activity.cut(|stream| {
+        if !changed.contains(&stream.pod.netns.cookie()) {
+            return None;
         }
+        // A pod without a workload has no streams at all, outbound ones included.
+        if stream.pod.workload().is_none() {
+            return Some(ResetReason::WorkloadGone);
+        }
+        let judged = stream.judged.as_ref()?;
+        let admitted = stream.pod.still_admits(agent, judged);
+        (!admitted).then_some(ResetReason::PolicyChanged)
     });
     if number > 0 {
-        tracing::info!(
-            pod = pod.config.name,
-            number,
-            "live streams are no longer admitted: ended"
-        );
+        tracing::info!(number, "live streams are no longer admitted: ended");
     }
 }
 
 /// Ends interception of a pod.
 pub fn withdraw(agent: &Agent, pod: &Pod) -> Result<(), DatapathError> {
-    cut(agent, pod, |_| Some(ResetReason::WorkloadGone));
-    agent.pods.remove(pod.netns.cookie());
+    let cookie = pod.netns.cookie();
+    agent
+        .activity
+        .cut(|stream| (stream.pod.netns.cookie() == cookie).then_some(ResetReason::WorkloadGone));
+    agent.pods.remove(cookie);
+    agent.metrics.policy.forget(&applied::name_of(pod));
     if let Some(workload) = pod.workload() {
         agent.svids.release(&workload.identity);
     }
-    agent.datapath.withdraw(pod.netns.cookie())
+    agent.datapath.withdraw(cookie)?;
+    let set = pod.policy.replace(None, |_| Ok(()))?;
+    release(agent, set)
 }
 
 /// Accepts for ever.
@@ -291,10 +318,36 @@ async fn accept(
     }
 }
 
-/// Brings a pod up to what the control plane says now.
-pub fn refresh(agent: &Agent, pod: &Pod, mesh: &Mesh) -> Result<(), DatapathError> {
+/// Whether what changed has to do with a pod.
+pub fn is_concerned(pod: &Pod, changes: &Changes) -> bool {
+    let PodConfig {
+        namespace, name, ..
+    } = &pod.config;
+    if pod.guard.take_news()
+        || changes.all
+        || changes
+            .workloads
+            .contains(&(namespace.clone(), name.clone()))
+    {
+        return true;
+    }
+    match pod.workload() {
+        Some(workload) => {
+            pod.hold.until().is_some() || changes.policies.concerns(namespace, &workload.policies)
+        }
+        // Held, maybe for a reason that is in the pod.
+        None => true,
+    }
+}
+
+/// Brings a pod up to what the control plane says now. True when what decides for it
+/// changed: its live streams are to be judged again.
+pub fn refresh(agent: &Agent, pod: &Pod, mesh: &Mesh) -> Result<bool, DatapathError> {
     let old = pod.workload();
-    let found = find_workload(pod, mesh);
+    let found = match pod.guard.refuses(agent.config.packet_guard) {
+        Some(why) => Err(why),
+        None => find_workload(pod, mesh),
+    };
     let (workload, held) = match found {
         Ok(workload) => (Some(workload), None),
         Err(held) => (None, Some(held)),
@@ -309,34 +362,18 @@ pub fn refresh(agent: &Agent, pod: &Pod, mesh: &Mesh) -> Result<(), DatapathErro
             agent.svids.release(identity);
         }
     }
-    let cookie = pod.netns.cookie();
     let mut problems = Vec::new();
-    match &workload {
-        Some(workload) => {
-            let compiled = compile_for(workload, mesh);
-            problems = compiled.problems.iter().map(ToString::to_string).collect();
-            let changed = pod.policy.replace(
-                compiled,
-                &agent.set_numbers,
-                &agent.identities,
-                &agent.datapath,
-                |set| {
-                    agent
-                        .datapath
-                        .update_pod(cookie, &kernel_pod(Some(workload), set))
-                },
-            )?;
-            if changed {
-                cut(agent, pod, |stream| no_longer_admitted(pod, stream));
-            }
-        }
+    let outcome = match &workload {
+        Some(workload) => put_policies(agent, pod, workload, mesh, &mut problems),
         // Before the first sync what is pinned goes on deciding.
-        None if !agent.synced() => {}
+        None if !agent.synced() => Ok(false),
         None => {
-            agent.datapath.update_pod(cookie, &kernel_pod(None, 0))?;
-            cut(agent, pod, |_| Some(ResetReason::WorkloadGone));
+            let entry = kernel_pod(None, 0, false);
+            let updated = agent.datapath.update_pod(pod.netns.cookie(), &entry);
+            pod.hold.set(None);
+            updated.map(|()| old.is_some())
         }
-    }
+    };
     if problems != pod.read().problems {
         for problem in &problems {
             tracing::warn!(
@@ -351,14 +388,64 @@ pub fn refresh(agent: &Agent, pod: &Pod, mesh: &Mesh) -> Result<(), DatapathErro
         held,
         problems,
     });
-    Ok(())
+    outcome
 }
 
-fn compile_for(workload: &Workload, mesh: &Mesh) -> CompiledSet {
+/// Puts the workload's policies in force. What the kernel has no room for is denied
+/// altogether: the policies before might admit what these refuse.
+fn put_policies(
+    agent: &Agent,
+    pod: &Pod,
+    workload: &Workload,
+    mesh: &Mesh,
+    problems: &mut Vec<String>,
+) -> Result<bool, DatapathError> {
     let policies = mesh
-        .policies
+        .policies()
         .applicable(&workload.namespace, &workload.policies);
-    compile(&policies, by_family(&workload.addresses))
+    let patience = agent.config.policy_hold();
+    let until = pod.hold.note(&policies.missing, patience, Instant::now());
+    let missing = !policies.missing.is_empty();
+    let addresses = by_family(&workload.addresses);
+    let acquired = agent.sets.acquire(policies, addresses, &agent.datapath);
+    let activate = |set| {
+        let entry = kernel_pod(Some(workload), set, until.is_some());
+        let entry = egress::with_mode(&agent.egress.load(), &pod.config, entry);
+        agent.datapath.update_pod(pod.netns.cookie(), &entry)
+    };
+    let (set, failed) = match acquired {
+        Ok(set) => (Some(set), None),
+        Err(error) => (None, Some(error)),
+    };
+    match (&set, &failed) {
+        (Some(set), _) => problems.extend(set.problems().iter().map(ToString::to_string)),
+        (None, Some(error)) => problems.push(format!("the policies are not in force: {error}")),
+        (None, None) => {}
+    }
+    let number = set.as_ref().map(|set| set.number());
+    let replaced = match pod.policy.replace(set.clone(), activate) {
+        Ok(replaced) => replaced,
+        Err(error) => {
+            release(agent, set)?;
+            return Err(error);
+        }
+    };
+    // What was waited for in vain closes the pod: for live connections from now on.
+    let gave_up = pod.hold.until().is_some() && until.is_none() && missing;
+    pod.hold.set(until);
+    let changed = gave_up || replaced.as_ref().map(|set| set.number()) != number;
+    release(agent, replaced)?;
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(changed),
+    }
+}
+
+fn release(agent: &Agent, set: Option<Arc<InstalledSet>>) -> Result<(), DatapathError> {
+    match set {
+        Some(set) => agent.sets.release(&set, &agent.datapath),
+        None => Ok(()),
+    }
 }
 
 /// The workload of a pod, or why there is none that can be used.
@@ -383,13 +470,13 @@ fn find_workload(pod: &Pod, mesh: &Mesh) -> Result<Arc<Workload>, String> {
     Ok(workload.clone())
 }
 
-fn kernel_pod(workload: Option<&Workload>, policy_set: u32) -> KernelPod {
+fn kernel_pod(workload: Option<&Workload>, policy_set: u32, hold: bool) -> KernelPod {
     let own = workload
         .map(|w| by_family(&w.addresses))
         .unwrap_or_default();
     KernelPod {
         policy_set,
-        flags: if workload.is_some() { POD_READY } else { 0 },
+        flags: if workload.is_some() { POD_READY } else { 0 } | if hold { POD_HOLD } else { 0 },
         addr4: own.v4.map_or(Addr::NONE, |v4| Addr::from(IpAddr::V4(v4))),
         addr6: own.v6.map_or(Addr::NONE, |v6| Addr::from(IpAddr::V6(v6))),
         outbound_port: OUTBOUND_PORT,

@@ -1,17 +1,21 @@
 //! The compiled policies of a pod in the kernel, and the identities prepared for them.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, Instant};
 
-use ringfence_bpf_common::{Addr, IDENTITY_NONE, Query, authorize};
-use ringfence_datapath::{Datapath, DatapathError, SourcePrefix};
-use ringfence_identity::SpiffeId;
-use ringfence_policies::{CompiledSet, Peer, PeerError, PolicyStore, Tables, WorkloadAddresses};
-
-use crate::status;
+use prometheus_client::metrics::histogram::Histogram;
+use ringfence_bpf_common::{
+    Addr, IDENTITY_NONE, PolicyTables, Query, SET_POLICY_NOT_RECEIVED, authorize,
+};
+use ringfence_datapath::{Datapath, DatapathError};
+use ringfence_identity::{SpiffeId, TrustDomainAliases};
+use ringfence_policies::{
+    CompiledSet, Peer, PeerError, Problem, Tables, WorkloadAddresses, WorkloadPolicies, compile,
+};
 
 /// Numbers for identities, as the kernel knows them. A number is never given twice.
 #[derive(Debug, Default)]
@@ -24,70 +28,265 @@ struct Interned {
 }
 
 impl Identities {
-    /// The number of a verified identity.
-    pub fn number(&self, id: &SpiffeId) -> Result<u32, PeerError> {
+    /// The number of a verified identity. Policies mean it by whichever name of its trust
+    /// domain they were written with.
+    pub fn number(&self, id: &SpiffeId, aliases: &TrustDomainAliases) -> Result<u32, PeerError> {
+        let id = aliases.canonical(id);
         let mut interned = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(number) = interned.numbers.get(id) {
+        if let Some(number) = interned.numbers.get(&id) {
             return Ok(*number);
         }
-        interned.peers.push(Arc::new(id.to_string().parse()?));
+        let names = aliases.group(&id.trust_domain());
+        let peer = id
+            .to_string()
+            .parse::<Peer>()?
+            .with_aliases(names.map(|domain| domain.as_str().to_owned()))?;
+        interned.peers.push(Arc::new(peer));
         // 0 is IDENTITY_NONE: numbers begin at 1. Four billion identities do not fit in
         // memory, and a saturated number is one that no policy set is prepared for.
         let number = u32::try_from(interned.peers.len()).unwrap_or(u32::MAX);
-        interned.numbers.insert(id.clone(), number);
+        interned.numbers.insert(id, number);
         Ok(number)
     }
 
-    /// The principal of a number, for the log.
-    pub fn describe(&self, number: u32) -> String {
-        self.peer(number)
-            .map_or_else(|| "none".into(), |peer| peer.principal().to_owned())
-    }
-
-    fn peer(&self, number: u32) -> Option<Arc<Peer>> {
+    /// The identity of a number.
+    pub fn peer(&self, number: u32) -> Option<Arc<Peer>> {
         let interned = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let index = usize::try_from(number).ok()?.checked_sub(1)?;
         interned.peers.get(index).cloned()
     }
 }
 
-/// Numbers for policy sets, unique over the life of the pinned maps.
+/// The policy sets in the kernel. Pods with the same policies share one.
 #[derive(Debug)]
-pub struct SetNumbers(AtomicU32);
+pub struct Sets {
+    /// The highest number given; unique over the life of the pinned maps.
+    last: AtomicU32,
+    shared: Mutex<Vec<Shared>>,
+    /// The last that were removed: a verdict of theirs may still be on its way to the log.
+    removed: Mutex<VecDeque<Arc<InstalledSet>>>,
+    compile_seconds: Histogram,
+}
 
-impl SetNumbers {
-    /// Goes on after the highest number in use.
-    pub fn after(highest: u32) -> Self {
-        SetNumbers(AtomicU32::new(highest))
+/// Removed sets that are remembered.
+const REMEMBERED: usize = 4;
+
+#[derive(Debug)]
+struct Shared {
+    set: Arc<InstalledSet>,
+    /// The addresses that it was compiled for, when they matter.
+    addresses: Option<WorkloadAddresses>,
+    /// Pods that have it.
+    users: usize,
+}
+
+impl Sets {
+    /// Goes on after the highest number in use. Each compilation is observed.
+    pub fn after(highest: u32, compile_seconds: Histogram) -> Self {
+        Sets {
+            last: AtomicU32::new(highest),
+            shared: Mutex::default(),
+            removed: Mutex::default(),
+            compile_seconds,
+        }
+    }
+
+    /// The set of these policies: one that is there, or a new one, which decides about
+    /// nobody yet. To be given back by [`Sets::release`].
+    pub fn acquire(
+        &self,
+        policies: WorkloadPolicies,
+        addresses: WorkloadAddresses,
+        datapath: &Datapath,
+    ) -> Result<Arc<InstalledSet>, DatapathError> {
+        let mut shared = self.lock();
+        let found = shared.iter_mut().find(|one| {
+            one.addresses.is_none_or(|of| of == addresses) && one.set.policies.same(&policies)
+        });
+        if let Some(one) = found {
+            one.users += 1;
+            return Ok(one.set.clone());
+        }
+        let begin = Instant::now();
+        let compiled = compile(&policies, addresses);
+        self.compile_seconds.observe(begin.elapsed().as_secs_f64());
+        let number = self.next();
+        let plaintext = (IDENTITY_NONE, compiled.identity_mask(None));
+        datapath.install_set(number.get(), &compiled, &[plaintext])?;
+        let own = compiled.depends_on_destination().then_some(addresses);
+        let set = Arc::new(InstalledSet {
+            number,
+            policies,
+            compiled,
+            bound: Mutex::default(),
+            mirror: Mutex::default(),
+        });
+        shared.push(Shared {
+            set: set.clone(),
+            addresses: own,
+            users: 1,
+        });
+        Ok(set)
+    }
+
+    /// A pod has no use for the set any more; without any, it is removed.
+    pub fn release(&self, set: &InstalledSet, datapath: &Datapath) -> Result<(), DatapathError> {
+        let mut shared = self.lock();
+        let Some(at) = shared.iter().position(|one| one.set.number == set.number) else {
+            return Ok(());
+        };
+        if let Some(one) = shared.get_mut(at) {
+            one.users = one.users.saturating_sub(1);
+            if one.users > 0 {
+                return Ok(());
+            }
+        }
+        let gone = shared.swap_remove(at);
+        let mut removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
+        removed.truncate(REMEMBERED - 1);
+        removed.push_front(gone.set);
+        datapath.remove_set(set.number.get())
+    }
+
+    /// The set with this number, in use or removed lately.
+    pub fn find(&self, number: u32) -> Option<Arc<InstalledSet>> {
+        let is = |set: &&Arc<InstalledSet>| set.number.get() == number;
+        let removed = self.removed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(set) = removed.iter().find(is) {
+            return Some(set.clone());
+        }
+        drop(removed);
+        self.lock().iter().map(|one| &one.set).find(is).cloned()
     }
 
     fn next(&self) -> NonZeroU32 {
         // 0 means "no set"; it comes round after four billion policy changes.
-        let number = self.0.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        let number = self.last.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Shared>> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What decides for one pod.
-#[derive(Debug, Default)]
-pub struct PodPolicy(RwLock<Installed>);
+/// Identities that one set has in the kernel at most; idle ones make room.
+const MOST_BOUND: usize = 1 << 17;
+/// An identity that was not used for so long can be taken back: whoever prepared it has
+/// long connected.
+const IDLE: Duration = Duration::from_secs(60);
 
-/// The set in force: `set` 0 is none, which denies.
-#[derive(Debug, Default)]
-struct Installed {
-    set: u32,
+/// A policy set in the kernel. Its content never changes, but for identities that are
+/// prepared when they first connect.
+#[derive(Debug)]
+pub struct InstalledSet {
+    number: NonZeroU32,
+    policies: WorkloadPolicies,
     compiled: CompiledSet,
-    /// What the kernel has of this set.
-    mirror: Mutex<Mirror>,
+    /// Identities that are prepared, and when they were last used.
+    bound: Mutex<HashMap<u32, Instant>>,
+    /// The kernel's tables in memory, made when a live stream is first judged by them. A
+    /// policy that is missing does not close them: that is decided before they are asked.
+    mirror: Mutex<Option<Tables>>,
 }
 
-/// The kernel's tables of one set, for judging live streams by them again.
-#[derive(Debug, Default)]
-struct Mirror {
-    tables: Tables,
-    /// Identities that are prepared.
-    bound: HashSet<u32>,
+impl InstalledSet {
+    /// Its key in the kernel.
+    pub fn number(&self) -> u32 {
+        self.number.get()
+    }
+
+    /// Why it denies everything, if it does.
+    pub fn problems(&self) -> &[Problem] {
+        &self.compiled.problems
+    }
+
+    /// What it was made of.
+    pub fn policies(&self) -> &WorkloadPolicies {
+        &self.policies
+    }
+
+    /// What it was compiled to.
+    pub fn compiled(&self) -> &CompiledSet {
+        &self.compiled
+    }
+
+    /// Has the kernel know what the set says of an identity: without that it is denied.
+    pub fn prepare(
+        &self,
+        identity: u32,
+        peer: &Peer,
+        datapath: &Datapath,
+    ) -> Result<(), DatapathError> {
+        let mut bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        if let Some(used) = bound.get_mut(&identity) {
+            *used = now;
+            return Ok(());
+        }
+        if bound.len() >= MOST_BOUND {
+            self.evict(&mut bound, now, datapath)?;
+        }
+        let mask = self.compiled.identity_mask(Some(peer));
+        let bind = || datapath.bind_identity(self.number.get(), identity, &mask);
+        match bind() {
+            Err(DatapathError::Full { .. }) => {
+                self.evict(&mut bound, now, datapath)?;
+                bind()?;
+            }
+            other => other?,
+        }
+        bound.insert(identity, now);
+        Ok(())
+    }
+
+    fn evict(
+        &self,
+        bound: &mut HashMap<u32, Instant>,
+        now: Instant,
+        datapath: &Datapath,
+    ) -> Result<(), DatapathError> {
+        let idle = |used: &Instant| now.duration_since(*used) >= IDLE;
+        let evicted = bound.iter().filter(|(_, used)| idle(used));
+        let evicted: Vec<u32> = evicted.map(|(identity, _)| *identity).collect();
+        bound.retain(|_, used| !idle(used));
+        datapath.unbind_identities(self.number.get(), &evicted)
+    }
+
+    fn admits(&self, identities: &Identities, stream: &Judged, waiting: bool) -> bool {
+        if !waiting && self.compiled.flags & SET_POLICY_NOT_RECEIVED != 0 {
+            return false;
+        }
+        let mut mirror = self.mirror.lock().unwrap_or_else(PoisonError::into_inner);
+        let tables = mirror.get_or_insert_with(|| {
+            let mut tables = Tables::default();
+            let mut known = self.compiled.clone();
+            known.flags &= !SET_POLICY_NOT_RECEIVED;
+            // Without room nothing is there, which denies.
+            let _ = tables.insert(self.number, &known);
+            tables
+        });
+        let set = self.number.get();
+        if tables.identity(set, stream.identity).is_none()
+            && let Some(number) = NonZeroU32::new(stream.identity)
+            && let Some(peer) = identities.peer(stream.identity)
+        {
+            let _ = tables.insert_identity(self.number, &self.compiled, number, &peer);
+        }
+        let query = Query {
+            set,
+            identity: stream.identity,
+            source: Addr::from(stream.source),
+            port: stream.destination.port(),
+            destination_v4: stream.destination.is_ipv4(),
+        };
+        authorize(tables, &query).allows()
+    }
 }
+
+/// What decides for one pod: the set in force, or none, which denies.
+#[derive(Debug, Default)]
+pub struct PodPolicy(RwLock<Option<Arc<InstalledSet>>>);
 
 /// What a live stream was admitted as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,9 +299,15 @@ pub struct Judged {
 }
 
 impl PodPolicy {
-    /// The set that decides now.
+    /// The number of the set that decides now; 0 is none.
     pub fn set(&self) -> u32 {
-        self.read().set
+        self.read().as_ref().map_or(0, |set| set.number.get())
+    }
+
+    /// Whether a policy that has not arrived closes the pod.
+    pub fn lacks_policy(&self) -> bool {
+        let missing = |set: &Arc<InstalledSet>| !set.policies.missing.is_empty();
+        self.read().as_ref().is_some_and(missing)
     }
 
     /// Runs `connect` (which enters the kernel's `authorize()`) while the identity is
@@ -116,99 +321,52 @@ impl PodPolicy {
         connect: impl FnOnce() -> T,
     ) -> Result<(u32, T), DatapathError> {
         let installed = self.read();
-        let mut mirror = installed.lock_mirror();
-        if let Some(set) = NonZeroU32::new(installed.set)
-            && let Some(number) = NonZeroU32::new(identity)
+        if let Some(set) = installed.as_ref()
             && let Some(peer) = identities.peer(identity)
-            && mirror.bound.insert(identity)
         {
-            let mask = installed.compiled.identity_mask(Some(&peer));
-            if let Err(error) = datapath.bind_identity(set.get(), identity, &mask) {
-                mirror.bound.remove(&identity);
-                return Err(error);
-            }
-            mirror
-                .tables
-                .insert_identity(set, &installed.compiled, number, &peer);
+            set.prepare(identity, &peer, datapath)?;
         }
-        drop(mirror);
-        Ok((installed.set, connect()))
+        let number = installed.as_ref().map_or(0, |set| set.number.get());
+        Ok((number, connect()))
+    }
+
+    /// Asks about the set that decides, which cannot be exchanged meanwhile.
+    pub fn ask<T>(&self, ask: impl FnOnce(Option<&Arc<InstalledSet>>) -> T) -> T {
+        ask(self.read().as_ref())
+    }
+
+    /// The set that decides now.
+    pub fn installed(&self) -> Option<Arc<InstalledSet>> {
+        self.read().clone()
     }
 
     /// Judges a live stream by the policies that decide now.
-    pub fn admits(&self, stream: &Judged) -> bool {
+    ///
+    /// `waiting`: a policy that is missing is waited for. New connections wait too, and live
+    /// ones are judged by the policies that are known meanwhile: a policy and its name come
+    /// and go in two subscriptions, and in between must not end what neither concerns.
+    pub fn admits(&self, identities: &Identities, stream: &Judged, waiting: bool) -> bool {
         let installed = self.read();
-        let query = Query {
-            set: installed.set,
-            identity: stream.identity,
-            source: Addr::from(stream.source),
-            port: stream.destination.port(),
-            destination_v4: stream.destination.is_ipv4(),
-        };
-        authorize(&installed.lock_mirror().tables, &query).allows()
+        installed
+            .as_ref()
+            .is_some_and(|set| set.admits(identities, stream, waiting))
     }
 
-    /// Puts a new set in place. `activate` points the pod at it: one map update, before
-    /// which the old set decides alone and after which the new one does. Says whether
-    /// anything changed: then live streams are to be judged again.
+    /// Puts a set in place of the one in force, which it returns. `activate` points the
+    /// pod at it: one map update, before which the old set decides alone and after which
+    /// the new one does.
     pub fn replace(
         &self,
-        compiled: CompiledSet,
-        numbers: &SetNumbers,
-        identities: &Identities,
-        datapath: &Datapath,
+        set: Option<Arc<InstalledSet>>,
         activate: impl FnOnce(u32) -> Result<(), DatapathError>,
-    ) -> Result<bool, DatapathError> {
+    ) -> Result<Option<Arc<InstalledSet>>, DatapathError> {
         let mut installed = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        let old = installed.set;
-        if old != 0 && installed.compiled == compiled {
-            activate(old)?;
-            return Ok(false);
-        }
-        let set = numbers.next();
-        let mut masks = vec![(IDENTITY_NONE, compiled.identity_mask(None))];
-        let mut mirror = Mirror::default();
-        mirror.tables.insert(set, &compiled);
-        for number in &installed.lock_mirror().bound {
-            if let (Some(peer), Some(nonzero)) =
-                (identities.peer(*number), NonZeroU32::new(*number))
-            {
-                masks.push((*number, compiled.identity_mask(Some(&peer))));
-                mirror
-                    .tables
-                    .insert_identity(set, &compiled, nonzero, &peer);
-                mirror.bound.insert(*number);
-            }
-        }
-        let sources = compiled.sources.iter().map(|(prefix, mask)| {
-            let prefix = SourcePrefix {
-                addr: prefix.addr,
-                len: prefix.length,
-            };
-            (prefix, *mask)
-        });
-        let sources: Vec<_> = sources.collect();
-        datapath.install_set(set.get(), &compiled.set, &masks, &sources, &compiled.ports)?;
-        activate(set.get())?;
-        *installed = Installed {
-            set: set.get(),
-            compiled,
-            mirror: Mutex::new(mirror),
-        };
-        if old != 0 {
-            datapath.remove_set(old)?;
-        }
-        Ok(true)
+        activate(set.as_ref().map_or(0, |set| set.number.get()))?;
+        Ok(std::mem::replace(&mut *installed, set))
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, Installed> {
+    fn read(&self) -> RwLockReadGuard<'_, Option<Arc<InstalledSet>>> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Installed {
-    fn lock_mirror(&self) -> MutexGuard<'_, Mirror> {
-        self.mirror.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -232,18 +390,228 @@ pub fn by_family(addresses: &[IpAddr]) -> WorkloadAddresses {
     }
 }
 
-/// Policies for status: the usable ones and those that close workloads.
-pub fn describe(store: &PolicyStore) -> Vec<status::Policy> {
-    let usable = store.policies().map(|policy| {
-        let summary = policy.summary();
-        status::Policy {
-            name: summary.name.to_string(),
-            summary: summary.to_string(),
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use ringfence_bpf_common::Reason;
+    use ringfence_datapath::Options;
+    use ringfence_policies::{Action, Clause, Match, Policy, PolicyStore, Rule, Scope};
+    use std::path::PathBuf;
+
+    /// A data path of its own; `None`, visibly, where that cannot be.
+    struct Kernel(Datapath, PathBuf);
+
+    impl Kernel {
+        fn of(test: &str) -> Option<Self> {
+            if !nix::unistd::geteuid().is_root() {
+                eprintln!("SKIPPED {test}: needs root (eBPF)");
+                return None;
+            }
+            let id = std::process::id();
+            let pin_dir = PathBuf::from(format!("/sys/fs/bpf/ringfence-{test}-{id}"));
+            let options = Options {
+                pin_dir: pin_dir.clone(),
+                cgroup: None,
+            };
+            Some(Kernel(Datapath::load(options).unwrap(), pin_dir))
         }
-    });
-    let rejected = store.rejected().map(|policy| status::Policy {
-        name: policy.name.to_string(),
-        summary: format!("REJECTED, closes its workloads: {}", policy.error),
-    });
-    usable.chain(rejected).collect()
+
+        fn judge(&self, set: u32, identity: u32) -> Reason {
+            let query = Query {
+                set,
+                identity,
+                source: Addr::v4([10, 0, 0, 9]),
+                port: 80,
+                destination_v4: true,
+            };
+            self.0.judge(&[query]).unwrap()[0].reason
+        }
+    }
+
+    impl Drop for Kernel {
+        fn drop(&mut self) {
+            ringfence_datapath::remove(&self.1).unwrap();
+        }
+    }
+
+    fn allowing(name: &str, one: Match) -> Policy {
+        Policy {
+            name: name.parse().unwrap(),
+            scope: Scope::Namespace,
+            action: Action::Allow,
+            dry_run: false,
+            rules: vec![Rule {
+                clauses: vec![Clause { matches: vec![one] }],
+            }],
+        }
+    }
+
+    fn from_namespace(name: &str) -> Match {
+        Match {
+            namespaces: vec![ringfence_policies::StringMatch::exact(name).unwrap()],
+            ..Match::default()
+        }
+    }
+
+    fn at(last: u8) -> WorkloadAddresses {
+        by_family(&[IpAddr::from([10, 0, 0, last])])
+    }
+
+    fn sets_after(highest: u32) -> Sets {
+        Sets::after(highest, Histogram::new([1.0]))
+    }
+
+    const NAMES_NONE: [&str; 0] = [];
+
+    #[test]
+    fn pods_with_the_same_policies_share_a_set_until_none_is_left() {
+        let Some(kernel) = Kernel::of("share") else {
+            return;
+        };
+        let mut store = PolicyStore::new("root");
+        store.insert(allowing("a/p", from_namespace("a")));
+        store.insert(allowing("b/p", from_namespace("a")));
+        let sets = sets_after(7);
+        let acquire = |namespace: &str, last| {
+            let policies = store.applicable(namespace, NAMES_NONE);
+            sets.acquire(policies, at(last), &kernel.0).unwrap()
+        };
+        let (one, same, other) = (acquire("a", 1), acquire("a", 2), acquire("b", 3));
+        assert_eq!(one.number(), 8, "after those of an earlier agent");
+        assert_eq!(one.number(), same.number());
+        assert_ne!(one.number(), other.number());
+        assert_eq!(kernel.0.policy_usage().sets, 2);
+        sets.release(&one, &kernel.0).unwrap();
+        assert_eq!(
+            acquire("a", 1).number(),
+            one.number(),
+            "one pod had it still"
+        );
+        sets.release(&one, &kernel.0).unwrap();
+        sets.release(&same, &kernel.0).unwrap();
+        // The number is not given again, so that nothing judged by it is taken for new.
+        assert!(acquire("a", 1).number() > other.number());
+    }
+
+    #[test]
+    fn policy_that_looks_at_the_destination_is_shared_by_address_only() {
+        let Some(kernel) = Kernel::of("destination") else {
+            return;
+        };
+        let mut store = PolicyStore::new("root");
+        let one = Match {
+            destination_ips: vec!["10.0.0.1/32".parse().unwrap()],
+            ..Match::default()
+        };
+        store.insert(allowing("a/p", one));
+        let sets = sets_after(0);
+        let acquire = |last| {
+            let policies = store.applicable("a", NAMES_NONE);
+            sets.acquire(policies, at(last), &kernel.0)
+                .unwrap()
+                .number()
+        };
+        let (first, second) = (acquire(1), acquire(2));
+        assert_ne!(first, second);
+        assert_eq!((acquire(1), acquire(2)), (first, second));
+        let verdicts = [first, second].map(|set| kernel.judge(set, IDENTITY_NONE));
+        assert_eq!(verdicts, [Reason::Allowed, Reason::NotAllowed]);
+    }
+
+    #[test]
+    fn identity_is_prepared_when_it_first_connects() {
+        let Some(kernel) = Kernel::of("identity") else {
+            return;
+        };
+        let identities = Identities::default();
+        let id = |namespace| {
+            let id = format!("spiffe://cluster.local/ns/{namespace}/sa/x");
+            let id = SpiffeId::parse(&id).unwrap();
+            identities
+                .number(&id, &TrustDomainAliases::default())
+                .unwrap()
+        };
+        let (friend, foe) = (id("a"), id("b"));
+        let mut store = PolicyStore::new("root");
+        store.insert(allowing("a/p", from_namespace("a")));
+        let sets = sets_after(0);
+        let policies = store.applicable("a", NAMES_NONE);
+        let set = sets.acquire(policies, at(1), &kernel.0).unwrap();
+        let pod = PodPolicy::default();
+        let judged = |identity| Judged {
+            set: set.number(),
+            identity,
+            source: [10, 0, 0, 9].into(),
+            destination: ([10, 0, 0, 1], 80).into(),
+        };
+        assert!(
+            !pod.admits(&identities, &judged(friend), false),
+            "no set, no entry"
+        );
+        pod.replace(Some(set.clone()), |_| Ok(())).unwrap();
+        for (identity, expected) in [(friend, Reason::Allowed), (foe, Reason::NotAllowed)] {
+            let number = set.number();
+            assert_eq!(kernel.judge(number, identity), Reason::UnknownIdentity);
+            let admits = expected == Reason::Allowed;
+            assert_eq!(pod.admits(&identities, &judged(identity), false), admits);
+            let connect = || kernel.judge(number, identity);
+            let (by, reason) = pod
+                .with_identity(&identities, &kernel.0, identity, connect)
+                .unwrap();
+            assert_eq!((by, reason), (number, expected));
+        }
+    }
+
+    #[test]
+    fn live_connection_outlives_a_missing_policy_while_it_is_waited_for_and_no_longer() {
+        let Some(kernel) = Kernel::of("waiting") else {
+            return;
+        };
+        let identities = Identities::default();
+        let id = |ns: &str| {
+            let id = format!("spiffe://td/ns/{ns}/sa/x");
+            let id = SpiffeId::parse(&id).unwrap();
+            identities
+                .number(&id, &TrustDomainAliases::default())
+                .unwrap()
+        };
+        let mut store = PolicyStore::new("root");
+        store.insert(allowing("a/p", from_namespace("a")));
+        let policies = store.applicable("a", ["a/late"]);
+        let set = sets_after(0).acquire(policies, at(1), &kernel.0).unwrap();
+        let pod = PodPolicy::default();
+        pod.replace(Some(set.clone()), |_| Ok(())).unwrap();
+        let admits = |identity, waiting| {
+            let live = Judged {
+                set: set.number(),
+                identity,
+                source: [10, 0, 0, 9].into(),
+                destination: ([10, 0, 0, 1], 80).into(),
+            };
+            pod.admits(&identities, &live, waiting)
+        };
+        assert!(admits(id("a"), true));
+        assert!(!admits(id("b"), true), "what is known still decides");
+        assert!(!admits(id("a"), false), "given up");
+    }
+
+    #[test]
+    fn names_of_one_trust_domain_group_have_one_number_and_are_all_meant_by_policies() {
+        let td = |name| ringfence_identity::TrustDomain::parse(name).unwrap();
+        let id = |text| SpiffeId::parse(text).unwrap();
+        let aliases = TrustDomainAliases::new([(td("old"), td("new"))]).unwrap();
+        let identities = Identities::default();
+        let number = |text| identities.number(&id(text), &aliases).unwrap();
+
+        let old = number("spiffe://old/ns/a/sa/b");
+        assert_eq!(old, number("spiffe://new/ns/a/sa/b"));
+        let peer = identities.peer(old).unwrap();
+        assert!(peer.principals().eq(["new/ns/a/sa/b", "old/ns/a/sa/b"]));
+
+        let other = number("spiffe://else/ns/a/sa/b");
+        assert_ne!(old, other);
+        let peer = identities.peer(other).unwrap();
+        assert!(peer.principals().eq(["else/ns/a/sa/b"]));
+    }
 }

@@ -90,6 +90,15 @@ impl Activity {
         kept.push_front(handshake);
     }
 
+    /// Id, source and admission of the live inbound streams of a pod, by its namespace's
+    /// cookie.
+    pub fn judged(&self, cookie: u64) -> Vec<([u8; 16], SocketAddr, Judged)> {
+        let streams = lock(&self.streams);
+        let own = streams.values().filter(|s| s.pod.netns.cookie() == cookie);
+        own.filter_map(|s| Some((s.id, s.source, s.judged?)))
+            .collect()
+    }
+
     /// Live streams, oldest first.
     pub fn streams(&self) -> Vec<status::Stream> {
         lock(&self.streams).values().map(describe).collect()

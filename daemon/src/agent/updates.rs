@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ringfence_policies::PolicyName;
+use ringfence_policies::PolicyChange;
 use ringfence_xds::proto::security::Authorization;
 use ringfence_xds::proto::workload::{Address, address};
 use ringfence_xds::{Delta, Handler, Named, Rejection, Update};
@@ -30,6 +30,8 @@ impl Handler for Updates {
                     if delta.complete {
                         agent.sync.policies();
                     }
+                    // Under the lock, so that it is the change that is timed.
+                    agent.metrics.policy.pushed();
                     authorizations(&mut mesh, delta)
                 }
             }
@@ -47,7 +49,7 @@ fn addresses(mesh: &mut Mesh, delta: Delta<Address>) -> Vec<Rejection> {
     for name in &delta.removed {
         // A uid and a service's key are never equal: the one has no such resource.
         mesh.remove_workload(name);
-        mesh.services.remove(name);
+        mesh.remove_service(name);
     }
     let mut rejections = Vec::new();
     for Named { name, value } in delta.upserted {
@@ -55,9 +57,9 @@ fn addresses(mesh: &mut Mesh, delta: Delta<Address>) -> Vec<Rejection> {
             Some(address::Type::Workload(wire)) => {
                 Workload::from_wire(wire).map(|w| mesh.put_workload(w))
             }
-            Some(address::Type::Service(wire)) => Service::from_wire(wire).map(|s| {
-                mesh.services.insert(s.key.clone(), Arc::new(s));
-            }),
+            Some(address::Type::Service(wire)) => {
+                Service::from_wire(wire).map(|s| mesh.put_service(s))
+            }
             None => Err(BadResource {
                 resource: name.clone(),
                 field: "type",
@@ -76,23 +78,21 @@ fn addresses(mesh: &mut Mesh, delta: Delta<Address>) -> Vec<Rejection> {
 }
 
 fn authorizations(mesh: &mut Mesh, delta: Delta<Authorization>) -> Vec<Rejection> {
-    for name in &delta.removed {
-        if let Ok(name) = name.parse::<PolicyName>() {
-            mesh.policies.remove(&name);
-        }
-    }
+    let removed = delta.removed.iter().filter_map(|name| name.parse().ok());
+    let mut changes: Vec<_> = removed.map(PolicyChange::Remove).collect();
     let mut rejections = Vec::new();
     for Named { name, value } in delta.upserted {
         match convert::policy(&value) {
-            Ok(policy) => mesh.policies.insert(policy),
+            Ok(policy) => changes.push(PolicyChange::Put(policy)),
             Err(rejected) => {
                 let reason = rejected.error.to_string();
                 // It closes the workloads it applies to; an old version would too often
                 // admit what the new one was written to refuse.
-                mesh.policies.insert_rejected(*rejected);
+                changes.push(PolicyChange::Reject(*rejected));
                 rejections.push(Rejection { name, reason });
             }
         }
     }
+    mesh.change_policies(changes);
     rejections
 }

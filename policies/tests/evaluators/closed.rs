@@ -1,17 +1,20 @@
 //! What closes a workload: nothing that cannot be understood is skipped.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU32;
 
 use ringfence_bpf_common::{
     Addr, MAX_TERMS, Query, SET_POLICY_NOT_RECEIVED, SET_UNREPRESENTABLE, authorize,
 };
 use ringfence_policies::{
-    Action, Cidr, Clause, Connection, Match, Peer, PolicyStore, Problem, Reason, RejectedPolicy,
-    Rule, STATIC_STRICT, Scope, Tables, WorkloadAddresses, WorkloadPolicies, compile,
+    Action, Cidr, Clause, CompiledSet, Connection, MAX_COMPARISONS, MAX_SOURCES, MAX_VALUES, Match,
+    Peer, PolicyStore, Problem, Reason, RejectedPolicy, Rule, STATIC_STRICT, Scope, Tables,
+    WorkloadAddresses, WorkloadPolicies, compile, evaluate,
 };
 
-use crate::harness::{POD4, addresses, applied, judge, kernel_decision, peer, policy, rule};
+use crate::harness::{
+    Kernel, POD4, addresses, applied, judge, kernel_decision, peer, policy, rule,
+};
 
 fn to_port_80(peer: Option<&Peer>) -> Connection<'_> {
     let source: IpAddr = "10.1.0.1".parse().unwrap();
@@ -41,7 +44,7 @@ fn policy_not_received_refuses_until_it_arrives() {
     }
     let compiled = compile(&late, addresses());
     assert_eq!(
-        compiled.set.flags & SET_POLICY_NOT_RECEIVED,
+        compiled.flags & SET_POLICY_NOT_RECEIVED,
         SET_POLICY_NOT_RECEIVED
     );
     assert_eq!(
@@ -139,50 +142,55 @@ fn set_is_full_at_the_limit_and_closed_beyond_it() {
         (compiled.terms.len(), compiled.problems.len()),
         (MAX_TERMS, 0)
     );
-    for port in [0, 63, 64, 255] {
-        let decision = judge(
-            &at_limit,
-            &Connection {
-                port,
-                ..to_port_80(None)
-            },
-        );
-        assert_eq!(decision.rule, Some(usize::from(port)));
+    let mut kernel = Kernel::of(&compiled);
+    let mut at = |port| {
+        kernel.decision(&Connection {
+            port,
+            ..to_port_80(None)
+        })
+    };
+    for port in [0, 63, 64, 255, 256, 4095, 4096, 16_383] {
+        assert_eq!(at(port).rule, Some(usize::from(port)));
     }
-    assert!(
-        judge(
-            &at_limit,
-            &Connection {
-                port: 256,
-                ..to_port_80(None)
-            }
-        )
-        .allows()
-    );
+    assert!(at(16_384).allows());
 
     let beyond = applied(vec![
         policy("full", Action::Deny, full),
         policy("one-more", Action::Allow, vec![rule(vec![])]),
     ]);
     let compiled = compile(&beyond, addresses());
-    assert_eq!(
-        compiled.set.flags & SET_UNREPRESENTABLE,
-        SET_UNREPRESENTABLE
-    );
+    assert_eq!(compiled.flags & SET_UNREPRESENTABLE, SET_UNREPRESENTABLE);
     assert!(
         compiled.problems[0]
             .to_string()
             .starts_with("policy shop/one-more ")
     );
-    assert!(compiled.terms.is_empty());
-    let decision = kernel_decision(&compiled, &to_port_80(None));
-    assert_eq!(decision.reason, Reason::Unrepresentable);
+    denies_everything(&compiled);
+}
+
+/// Nothing of the policies is in the tables of a set that has a problem.
+fn denies_everything(compiled: &CompiledSet) {
+    assert!(compiled.terms.is_empty() && compiled.sources.is_empty() && compiled.ports.is_empty());
+    let mut kernel = Kernel::of(compiled);
+    let cart = peer("spiffe://td/ns/shop/sa/cart");
+    for peer in [Some(&cart), None] {
+        let decision = kernel.decision(&to_port_80(peer));
+        assert_eq!(decision.reason, Reason::Unrepresentable);
+    }
+}
+
+/// Two fields of different dimensions.
+fn mixed_match(i: u16) -> Match {
+    Match {
+        principals: vec![format!("td/ns/shop/sa/{i}").parse().unwrap()],
+        ..port_match(i)
+    }
 }
 
 #[test]
 fn exponential_rule_is_refused_without_being_built() {
     let clause = Clause {
-        matches: (0..10).map(port_match).collect(),
+        matches: (0..10).map(mixed_match).collect(),
     };
     let exponential = Rule {
         clauses: vec![clause.clone(); 60],
@@ -198,6 +206,7 @@ fn exponential_rule_is_refused_without_being_built() {
             ..
         }]
     ));
+    denies_everything(&compiled);
 
     // A clause that can never hold empties the product, however large the others are.
     let mut clauses = vec![clause; 60];
@@ -206,6 +215,213 @@ fn exponential_rule_is_refused_without_being_built() {
     });
     let inert = applied(vec![policy("p", Action::Deny, vec![Rule { clauses }])]);
     assert!(judge(&inert, &to_port_80(None)).allows());
+}
+
+#[test]
+fn clauses_about_one_dimension_are_not_multiplied_out() {
+    let clause = Clause {
+        matches: (0..10).map(port_match).collect(),
+    };
+    let not_five = Clause {
+        matches: vec![Match {
+            not_destination_ports: vec![5],
+            ..Match::default()
+        }],
+    };
+    let mut clauses = vec![clause; 60];
+    clauses.push(not_five);
+    let long = applied(vec![policy("p", Action::Deny, vec![Rule { clauses }])]);
+    assert_eq!(compile(&long, addresses()).terms.len(), 1);
+    for (port, denied) in [(0, true), (9, true), (5, false), (10, false)] {
+        let attempt = Connection {
+            port,
+            ..to_port_80(None)
+        };
+        assert_eq!(!judge(&long, &attempt).allows(), denied, "{port}");
+    }
+}
+
+fn ipv4_hosts(n: u32) -> Vec<Cidr> {
+    (0..n)
+        .map(|i| Cidr::new(Ipv4Addr::from_bits(0x0b00_0000 + 2 * i).into(), 32).unwrap())
+        .collect()
+}
+
+#[test]
+fn ten_thousand_prefixes_and_two_thousand_policies_fit() {
+    let listed = Match {
+        source_ips: ipv4_hosts(10_000),
+        ..Match::default()
+    };
+    let mut policies = vec![policy(
+        "0-listed",
+        Action::Deny,
+        vec![rule(vec![vec![listed]])],
+    )];
+    policies.extend((0..1999u16).map(|i| {
+        let rules = vec![rule(vec![vec![mixed_match(i)]])];
+        policy(&format!("p{i:04}"), Action::Allow, rules)
+    }));
+    let all = applied(policies);
+    let compiled = compile(&all, addresses());
+    assert_eq!((compiled.terms.len(), compiled.problems.len()), (2000, 0));
+    assert_eq!(compiled.sources.len(), 10_000);
+    assert_eq!(compiled.ports.len(), 1999);
+
+    let cart = peer("spiffe://td/ns/shop/sa/80");
+    let mut kernel = Kernel::of(&compiled);
+    for (source, port, expected) in [
+        ("11.0.0.0", 80, Reason::Denied),
+        ("11.0.78.30", 80, Reason::Denied),
+        ("11.0.0.1", 80, Reason::Allowed),
+        ("11.0.78.32", 80, Reason::Allowed),
+        ("11.0.0.1", 81, Reason::NotAllowed),
+    ] {
+        let attempt = Connection {
+            source: source.parse().unwrap(),
+            port,
+            ..to_port_80(Some(&cart))
+        };
+        let decision = kernel.decision(&attempt);
+        assert_eq!(decision.reason, expected, "{source} {port}");
+        assert_eq!(decision, evaluate(&all, &attempt));
+    }
+}
+
+#[test]
+fn more_prefixes_than_a_set_holds_close_it() {
+    for (n, fits) in [(MAX_SOURCES, true), (MAX_SOURCES + 1, false)] {
+        let listed = Match {
+            source_ips: ipv4_hosts(n as u32),
+            ..Match::default()
+        };
+        let rules = vec![rule(vec![vec![listed]])];
+        let compiled = compile(
+            &applied(vec![policy("p", Action::Allow, rules)]),
+            addresses(),
+        );
+        if fits {
+            assert_eq!((compiled.sources.len(), compiled.problems.len()), (n, 0));
+        } else {
+            assert_eq!(
+                compiled.problems,
+                [Problem::TooManySources { limit: MAX_SOURCES }]
+            );
+            denies_everything(&compiled);
+        }
+    }
+}
+
+#[test]
+fn rule_of_very_many_clauses_is_one_term_or_too_many_choices() {
+    let any = || Clause {
+        matches: vec![Match {
+            destination_ports: (0..100).collect(),
+            ..Match::default()
+        }],
+    };
+    let mut rule = Rule {
+        clauses: vec![any(); 100_000],
+    };
+    let one = applied(vec![policy("p", Action::Deny, vec![rule.clone()])]);
+    let compiled = compile(&one, addresses());
+    assert_eq!((compiled.terms.len(), compiled.problems.len()), (1, 0));
+    assert!(!judge(&one, &to_port_80(None)).allows());
+
+    // Thirty-two terms, each of which would list all clauses.
+    rule.clauses.extend((0..5).map(|_| Clause {
+        matches: vec![mixed_match(80), mixed_match(81)],
+    }));
+    let compiled = compile(
+        &applied(vec![policy("p", Action::Deny, vec![rule])]),
+        addresses(),
+    );
+    assert_eq!(
+        compiled.problems,
+        [Problem::TooManyValues { limit: MAX_VALUES }]
+    );
+    denies_everything(&compiled);
+}
+
+#[test]
+fn lists_that_take_too_long_to_compare_close_the_set() {
+    // Matches with a `not_` twin cannot be put together: each port is asked of each.
+    let rules = |n: u16| {
+        let matches = (0..n).map(|i| Match {
+            destination_ports: vec![i],
+            not_destination_ports: vec![i + 1],
+            ..Match::default()
+        });
+        vec![rule(vec![matches.collect()])]
+    };
+    let compiled = compile(
+        &applied(vec![policy("p", Action::Allow, rules(1000))]),
+        addresses(),
+    );
+    assert_eq!(compiled.problems, []);
+    let compiled = compile(
+        &applied(vec![policy("p", Action::Allow, rules(8000))]),
+        addresses(),
+    );
+    assert_eq!(
+        compiled.problems,
+        [Problem::TooManyComparisons {
+            limit: MAX_COMPARISONS
+        }]
+    );
+    denies_everything(&compiled);
+}
+
+#[test]
+fn ten_thousand_sources_of_one_rule_are_one_term() {
+    let by_account = (0..10_000u32).map(|i| Match {
+        principals: vec![format!("td/ns/shop/sa/s{i}").parse().unwrap()],
+        ..Match::default()
+    });
+    let by_address = ipv4_hosts(10_000).into_iter().map(|cidr| Match {
+        source_ips: vec![cidr],
+        ..Match::default()
+    });
+    let all = applied(vec![policy(
+        "p",
+        Action::Allow,
+        vec![rule(vec![by_account.collect(), by_address.collect()])],
+    )]);
+    let compiled = compile(&all, addresses());
+    assert_eq!((compiled.terms.len(), compiled.problems.len()), (1, 0));
+    let last = peer("spiffe://td/ns/shop/sa/s9999");
+    for (source, expected) in [("11.0.78.30", true), ("11.0.78.31", false)] {
+        let attempt = Connection {
+            source: source.parse().unwrap(),
+            ..to_port_80(Some(&last))
+        };
+        assert_eq!(judge(&all, &attempt).allows(), expected, "{source}");
+    }
+}
+
+#[test]
+fn long_lists_that_multiply_out_close_the_set() {
+    // 100 * 100 terms, each with two lists of 200 ports of its own.
+    let clause = |shift: u16| Clause {
+        matches: (0..100)
+            .map(|i| Match {
+                destination_ports: (0..200).map(|port| port + i + shift).collect(),
+                ..mixed_match(i)
+            })
+            .collect(),
+    };
+    let repeated = Rule {
+        clauses: vec![clause(0), clause(1000)],
+    };
+    let compiled = compile(
+        &applied(vec![policy("p", Action::Allow, vec![repeated])]),
+        addresses(),
+    );
+    assert_eq!(
+        compiled.problems,
+        [Problem::TooManyValues { limit: MAX_VALUES }]
+    );
+    denies_everything(&compiled);
 }
 
 #[test]
@@ -225,7 +441,7 @@ fn unknown_set_and_unprepared_identity_are_refused() {
     let compiled = compile(&WorkloadPolicies::default(), addresses());
     let mut tables = Tables::new();
     let set = NonZeroU32::MIN;
-    tables.insert(set, &compiled);
+    assert!(tables.insert(set, &compiled));
     let query = Query {
         set: 1,
         identity: 5,
@@ -234,12 +450,12 @@ fn unknown_set_and_unprepared_identity_are_refused() {
         destination_v4: true,
     };
     assert_eq!(authorize(&tables, &query).reason, Reason::UnknownIdentity);
-    tables.insert_identity(
+    assert!(tables.insert_identity(
         set,
         &compiled,
         NonZeroU32::new(5).unwrap(),
         &peer("spiffe://td/a"),
-    );
+    ));
     assert_eq!(authorize(&tables, &query).reason, Reason::NoAllowPolicy);
     assert_eq!(
         authorize(&tables, &Query { set: 2, ..query }).reason,
@@ -305,8 +521,8 @@ fn tables_hold_sets_apart() {
     );
     let (one, two) = (NonZeroU32::new(1).unwrap(), NonZeroU32::new(2).unwrap());
     let mut tables = Tables::new();
-    tables.insert(one, &closed);
-    tables.insert(two, &open);
+    assert!(tables.insert(one, &closed));
+    assert!(tables.insert(two, &open));
     let query = Query {
         set: 1,
         identity: 0,
@@ -317,6 +533,6 @@ fn tables_hold_sets_apart() {
     assert_eq!(authorize(&tables, &query).reason, Reason::Denied);
     assert!(authorize(&tables, &Query { set: 2, ..query }).allows());
     // Replaced: nothing of the old set answers.
-    tables.insert(one, &open);
+    assert!(tables.insert(one, &open));
     assert!(authorize(&tables, &query).allows());
 }

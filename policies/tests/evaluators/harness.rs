@@ -7,22 +7,13 @@ use std::sync::Arc;
 use ringfence_bpf_common::{Addr, IDENTITY_NONE, Query, authorize};
 use ringfence_policies::{
     Action, Clause, CompiledSet, Connection, Decision, Match, Peer, Policy, PolicyName, Reason,
-    Rule, Scope, Tables, WorkloadAddresses, WorkloadPolicies, compile, evaluate,
+    Rule, Scope, StringMatch, Tables, WorkloadPolicies, compile, evaluate,
 };
 
-/// The workload's addresses in all tests.
-pub const POD4: &str = "10.9.0.1";
-pub const POD6: &str = "fd09::1";
+pub use ringfence_policies::testing::{POD4, POD6, addresses};
 
 const SET: NonZeroU32 = NonZeroU32::new(7).unwrap();
 const IDENTITY: NonZeroU32 = NonZeroU32::new(42).unwrap();
-
-pub fn addresses() -> WorkloadAddresses {
-    WorkloadAddresses {
-        v4: Some(POD4.parse().unwrap()),
-        v6: Some(POD6.parse().unwrap()),
-    }
-}
 
 pub fn peer(id: &str) -> Peer {
     id.parse().unwrap()
@@ -35,34 +26,53 @@ pub fn addr(ip: IpAddr) -> Addr {
     }
 }
 
-/// The kernel's answer, with the policy and rule that its term stands for.
+/// A compiled set in the kernel's tables, with neighbours that allow everything: a
+/// look-up that leaves its set would show.
+pub struct Kernel<'a> {
+    compiled: &'a CompiledSet,
+    tables: Tables,
+}
+
+impl<'a> Kernel<'a> {
+    pub fn of(compiled: &'a CompiledSet) -> Self {
+        let mut tables = Tables::new();
+        let open = compile(&WorkloadPolicies::default(), addresses());
+        assert!(tables.insert(NonZeroU32::MIN, &open));
+        assert!(tables.insert(NonZeroU32::MAX, &open));
+        assert!(tables.insert(SET, compiled));
+        Kernel { compiled, tables }
+    }
+
+    /// The kernel's answer, with the policy and rule that its term stands for.
+    pub fn decision(&mut self, connection: &Connection<'_>) -> Decision {
+        let identity = match connection.peer {
+            Some(peer) => {
+                let bound = self
+                    .tables
+                    .insert_identity(SET, self.compiled, IDENTITY, peer);
+                assert!(bound);
+                IDENTITY.get()
+            }
+            None => IDENTITY_NONE,
+        };
+        let verdict = authorize(
+            &self.tables,
+            &Query {
+                set: SET.get(),
+                identity,
+                source: addr(connection.source),
+                port: connection.port,
+                destination_v4: connection.destination.is_ipv4(),
+            },
+        );
+        let decision = self.compiled.decision(verdict);
+        assert_eq!(decision.allows(), verdict.allows());
+        decision
+    }
+}
+
 pub fn kernel_decision(compiled: &CompiledSet, connection: &Connection<'_>) -> Decision {
-    let mut tables = Tables::new();
-    // A neighbour that allows everything: a look-up that leaves its set would show.
-    let open = compile(&WorkloadPolicies::default(), addresses());
-    tables.insert(NonZeroU32::MIN, &open);
-    tables.insert(NonZeroU32::MAX, &open);
-    tables.insert(SET, compiled);
-    let identity = match connection.peer {
-        Some(peer) => {
-            tables.insert_identity(SET, compiled, IDENTITY, peer);
-            IDENTITY.get()
-        }
-        None => IDENTITY_NONE,
-    };
-    let verdict = authorize(
-        &tables,
-        &Query {
-            set: SET.get(),
-            identity,
-            source: addr(connection.source),
-            port: connection.port,
-            destination_v4: connection.destination.is_ipv4(),
-        },
-    );
-    let decision = compiled.decision(verdict);
-    assert_eq!(decision.allows(), verdict.allows());
-    decision
+    Kernel::of(compiled).decision(connection)
 }
 
 /// Both answers, which must be the same one.
@@ -119,4 +129,36 @@ pub fn matches(rule: Rule, connection: &Connection<'_>) -> bool {
         allowed.reason == Reason::Allowed
     );
     allowed.allows()
+}
+
+/// To the workload's address of the same family.
+pub fn from<'a>(peer: Option<&'a Peer>, source: &str, port: u16) -> Connection<'a> {
+    let source: IpAddr = source.parse().unwrap();
+    let destination = if source.to_canonical().is_ipv4() {
+        POD4
+    } else {
+        POD6
+    };
+    Connection {
+        peer,
+        source,
+        destination: destination.parse().unwrap(),
+        port,
+    }
+}
+
+pub fn strings(patterns: &[&str]) -> Vec<StringMatch> {
+    patterns.iter().map(|p| p.parse().unwrap()).collect()
+}
+
+/// A rule of one match.
+pub fn only(m: Match) -> Rule {
+    rule(vec![vec![m]])
+}
+
+pub fn ports(ports: &[u16]) -> Match {
+    Match {
+        destination_ports: ports.to_vec(),
+        ..Match::default()
+    }
 }

@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod closed;
+mod examples;
 mod harness;
+mod identities;
 mod oracle;
 mod semantics;
+mod trace;

@@ -1,45 +1,12 @@
-//! Istio's L4 semantics, row by row, through both evaluators.
-
-use std::net::IpAddr;
+//! Istio's L4 semantics, row by row, through both evaluators: all but identities.
 
 use ringfence_policies::{
-    Action, Connection, Match, Mode, Peer, PolicyName, Reason, Rule, ServiceAccountMatch,
-    StringMatch, WorkloadPolicies, evaluate_with_dry_run,
+    Action, Match, Mode, PolicyName, Reason, WorkloadPolicies, evaluate_with_dry_run,
 };
 
-use crate::harness::{POD4, POD6, applied, judge, matches, peer, policy, rule};
+use crate::harness::{applied, from, judge, matches, only, peer, policy, ports, rule, strings};
 
 const CART: &str = "spiffe://td/ns/shop/sa/cart";
-
-fn from<'a>(peer: Option<&'a Peer>, source: &str, port: u16) -> Connection<'a> {
-    let source: IpAddr = source.parse().unwrap();
-    let destination = if source.to_canonical().is_ipv4() {
-        POD4
-    } else {
-        POD6
-    };
-    Connection {
-        peer,
-        source,
-        destination: destination.parse().unwrap(),
-        port,
-    }
-}
-
-fn strings(patterns: &[&str]) -> Vec<StringMatch> {
-    patterns.iter().map(|p| p.parse().unwrap()).collect()
-}
-
-fn only(m: Match) -> Rule {
-    rule(vec![vec![m]])
-}
-
-fn ports(ports: &[u16]) -> Match {
-    Match {
-        destination_ports: ports.to_vec(),
-        ..Match::default()
-    }
-}
 
 #[test]
 fn empty_cases_are_decided_as_istio_does() {
@@ -141,195 +108,6 @@ fn clauses_are_anded_and_matches_ored_across_dimensions() {
             matches(r.clone(), &from(Some(peer), source, port)),
             expected
         );
-    }
-}
-
-#[test]
-fn several_lists_of_one_dimension_are_anded_through_clauses() {
-    let principals = |p: &str| Match {
-        principals: strings(&[p]),
-        ..Match::default()
-    };
-    let r = rule(vec![
-        vec![principals("td/*")],
-        vec![principals("*/sa/cart")],
-    ]);
-    for (id, expected) in [
-        (CART, true),
-        ("spiffe://td/ns/shop/sa/other", false),
-        ("spiffe://td2/ns/shop/sa/cart", false),
-    ] {
-        assert_eq!(
-            matches(r.clone(), &from(Some(&peer(id)), "10.1.0.1", 80)),
-            expected,
-            "{id}"
-        );
-    }
-}
-
-#[test]
-fn identity_fields_match_what_they_say() {
-    let cart = peer(CART);
-    let c = from(Some(&cart), "10.1.0.1", 80);
-    for (pattern, principal, namespace) in [
-        ("td/ns/shop/sa/cart", true, false),
-        ("td/ns/shop/sa/car", false, false),
-        ("td/*", true, false),
-        ("spiffe://td/*", false, false),
-        ("*/cart", true, false),
-        ("*shop", false, true),
-        ("sho*", false, true),
-        ("shop", false, true),
-        ("*", true, true),
-    ] {
-        let (p, n) = (strings(&[pattern]), strings(&[pattern]));
-        let yes = Match {
-            principals: p.clone(),
-            ..Match::default()
-        };
-        let not = Match {
-            not_principals: p,
-            ..Match::default()
-        };
-        assert_eq!(matches(only(yes), &c), principal, "principals {pattern}");
-        assert_eq!(
-            matches(only(not), &c),
-            !principal,
-            "not_principals {pattern}"
-        );
-        let yes = Match {
-            namespaces: n.clone(),
-            ..Match::default()
-        };
-        let not = Match {
-            not_namespaces: n,
-            ..Match::default()
-        };
-        assert_eq!(matches(only(yes), &c), namespace, "namespaces {pattern}");
-        assert_eq!(
-            matches(only(not), &c),
-            !namespace,
-            "not_namespaces {pattern}"
-        );
-    }
-    for (ns, sa, expected) in [
-        ("shop", "cart", true),
-        ("shop", "other", false),
-        ("other", "cart", false),
-    ] {
-        let account = vec![ServiceAccountMatch::new(ns, sa).unwrap()];
-        let yes = Match {
-            service_accounts: account.clone(),
-            ..Match::default()
-        };
-        let not = Match {
-            not_service_accounts: account,
-            ..Match::default()
-        };
-        assert_eq!(matches(only(yes), &c), expected, "{ns}/{sa}");
-        assert_eq!(matches(only(not), &c), !expected, "not {ns}/{sa}");
-    }
-}
-
-#[test]
-fn plaintext_matches_no_positive_identity_field_and_every_negative_one() {
-    let c = from(None, "10.1.0.1", 80);
-    let account = || vec![ServiceAccountMatch::new("shop", "cart").unwrap()];
-    for pattern in ["*", "shop", "s*", "*p", "td/ns/shop/sa/cart"] {
-        for (m, expected) in [
-            (
-                Match {
-                    principals: strings(&[pattern]),
-                    ..Match::default()
-                },
-                false,
-            ),
-            (
-                Match {
-                    not_principals: strings(&[pattern]),
-                    ..Match::default()
-                },
-                true,
-            ),
-            (
-                Match {
-                    namespaces: strings(&[pattern]),
-                    ..Match::default()
-                },
-                false,
-            ),
-            (
-                Match {
-                    not_namespaces: strings(&[pattern]),
-                    ..Match::default()
-                },
-                true,
-            ),
-            (
-                Match {
-                    service_accounts: account(),
-                    ..Match::default()
-                },
-                false,
-            ),
-            (
-                Match {
-                    not_service_accounts: account(),
-                    ..Match::default()
-                },
-                true,
-            ),
-        ] {
-            assert_eq!(matches(only(m.clone()), &c), expected, "{m:?}");
-        }
-    }
-    assert!(
-        matches(only(ports(&[80])), &c),
-        "fields other than identity are compared"
-    );
-    let both = Match {
-        principals: strings(&["*"]),
-        not_principals: strings(&["x"]),
-        ..Match::default()
-    };
-    assert!(!matches(only(both), &c));
-}
-
-#[test]
-fn identity_of_another_shape_has_only_its_principal() {
-    let vm = peer("spiffe://td/vm/web");
-    let c = from(Some(&vm), "10.1.0.1", 80);
-    for (m, expected) in [
-        (
-            Match {
-                principals: strings(&["td/vm/web"]),
-                ..Match::default()
-            },
-            true,
-        ),
-        (
-            Match {
-                principals: strings(&["*"]),
-                ..Match::default()
-            },
-            true,
-        ),
-        (
-            Match {
-                namespaces: strings(&["*"]),
-                ..Match::default()
-            },
-            false,
-        ),
-        (
-            Match {
-                not_namespaces: strings(&["shop"]),
-                ..Match::default()
-            },
-            true,
-        ),
-    ] {
-        assert_eq!(matches(only(m.clone()), &c), expected, "{m:?}");
     }
 }
 
@@ -506,4 +284,65 @@ fn dry_run_allow_adds_nothing_to_what_is_allowed() {
     assert_eq!(judge(&policies, &c).reason, Reason::NotAllowed);
     let would = evaluate_with_dry_run(&policies, &c).unwrap();
     assert_eq!(would.policy, Some(PolicyName::new("shop", "everyone")));
+}
+
+#[test]
+fn fields_of_a_match_are_anded_and_values_of_a_field_ored() {
+    let (cart, pay) = (peer(CART), peer("spiffe://td/ns/shop/sa/pay"));
+    let m = || Match {
+        namespaces: strings(&["other", "shop"]),
+        principals: strings(&["td/ns/shop/sa/cart", "td/ns/shop/sa/p*"]),
+        source_ips: vec!["10.1.0.0/16".parse().unwrap(), "fd01::/16".parse().unwrap()],
+        not_source_ips: vec!["10.1.9.0/24".parse().unwrap()],
+        destination_ports: vec![80, 443],
+        ..Match::default()
+    };
+    for (peer, source, port, expected) in [
+        (Some(&cart), "10.1.0.1", 80, true),
+        (Some(&pay), "fd01::1", 443, true),
+        (Some(&pay), "10.2.0.1", 443, false),
+        (Some(&pay), "10.1.9.1", 443, false),
+        (Some(&cart), "10.1.0.1", 81, false),
+        (
+            Some(&self::peer("spiffe://td/ns/shop/sa/x")),
+            "10.1.0.1",
+            80,
+            false,
+        ),
+        (
+            Some(&self::peer("spiffe://td/vm/pay")),
+            "10.1.0.1",
+            80,
+            false,
+        ),
+        (None, "10.1.0.1", 80, false),
+    ] {
+        let c = from(peer, source, port);
+        assert_eq!(matches(only(m()), &c), expected, "{peer:?} {source} {port}");
+    }
+}
+
+#[test]
+fn negative_list_excludes_what_the_positive_one_has() {
+    let c = from(None, "10.1.2.3", 80);
+    for (yes, not, expected) in [
+        ("10.0.0.0/8", "10.1.2.3", false),
+        ("10.1.2.3", "10.0.0.0/8", false),
+        ("10.0.0.0/8", "10.1.2.4", true),
+        ("10.1.2.3", "10.1.2.3", false),
+    ] {
+        let m = Match {
+            source_ips: vec![yes.parse().unwrap()],
+            not_source_ips: vec![not.parse().unwrap()],
+            ..Match::default()
+        };
+        assert_eq!(matches(only(m), &c), expected, "{yes} not {not}");
+    }
+    let m = Match {
+        destination_ports: vec![80, 81],
+        not_destination_ports: vec![80],
+        ..Match::default()
+    };
+    assert!(!matches(only(m.clone()), &c));
+    assert!(matches(only(m), &from(None, "10.1.2.3", 81)));
 }

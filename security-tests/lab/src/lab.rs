@@ -231,6 +231,11 @@ impl Lab {
         self.dir().join(format!("{node}.yaml"))
     }
 
+    /// The kernel's verdicts on a node, as its agent writes them down.
+    pub fn audit_log(&self, node: &str) -> PathBuf {
+        self.dir().join(format!("{node}.audit.jsonl"))
+    }
+
     pub fn agent_socket(&self, node: &str) -> PathBuf {
         self.dir().join(format!("{node}.sock"))
     }
@@ -452,6 +457,7 @@ control_plane:
   root_ca: {root}
   token: {token}
 {pods}record_layer: {record_layer}
+audit: {{verdicts: all, path: {audit}}}
 admin_socket: {socket}
 pin_dir: {pin}
 ",
@@ -459,6 +465,7 @@ pin_dir: {pin}
             address = node.addresses.0,
             root = self.root_certificate().display(),
             token = dir.join(format!("{}.token", node.name)).display(),
+            audit = self.audit_log(&node.name).display(),
             socket = self.agent_socket(&node.name).display(),
             pin = self.record.id.pin_dir().join(&node.name).display(),
         ))

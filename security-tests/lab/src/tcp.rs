@@ -42,6 +42,27 @@ pub fn streams(frames: &[Vec<u8>]) -> BTreeMap<Direction, Stream> {
         .collect()
 }
 
+/// The sequence number that follows the last byte seen in a direction: what a sender would
+/// use next. `None` when the direction does not occur.
+pub fn next_sequence(frames: &[Vec<u8>], direction: Direction) -> Option<u32> {
+    frames
+        .iter()
+        .filter_map(|frame| parse(frame))
+        .filter(|segment| segment.direction == direction)
+        .map(|segment| {
+            let length = segment.payload.len() as u32 + u32::from(segment.syn);
+            segment.sequence.wrapping_add(length)
+        })
+        // Sequence numbers wrap: the later one is less than half the circle ahead.
+        .reduce(|last, next| {
+            if next.wrapping_sub(last) < 1 << 31 {
+                next
+            } else {
+                last
+            }
+        })
+}
+
 #[derive(Debug, PartialEq, Eq)]
 struct Segment<'a> {
     direction: Direction,
@@ -229,6 +250,21 @@ pub(crate) mod tests {
                 unplaced: 3
             }
         );
+    }
+
+    #[test]
+    fn the_next_sequence_number_follows_the_last_byte_also_where_it_wraps() {
+        let frames = [
+            frame(u32::MAX - 1, FLAG_SYN, b""),
+            frame(2, 0, b"lo"),
+            frame(u32::MAX, 0, b"hel"),
+        ];
+        let direction = Direction {
+            from: "10.0.0.1:1000".parse().unwrap(),
+            to: "10.0.0.2:15008".parse().unwrap(),
+        };
+        assert_eq!(next_sequence(&frames, direction), Some(4));
+        assert_eq!(next_sequence(&frames, direction.reverse()), None);
     }
 
     #[test]

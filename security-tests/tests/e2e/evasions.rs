@@ -2,18 +2,19 @@
 //! get past the connect hook or to pass for the agent.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use ringfence_lab::capture::frames_with;
-use ringfence_lab::mesh::TEST_PORT;
+use ringfence_lab::mesh::{Mesh, Policy, Rule, TEST_PORT};
 use ringfence_lab::probe::GREETING;
-use ringfence_lab::topology::Family;
+use ringfence_lab::process::wait_until;
+use ringfence_lab::topology::{Family, LEGACY_VIP};
 use ringfence_security_tests::cases;
 use ringfence_security_tests::harness::{Case, Verdict};
-use ringfence_security_tests::server::patient;
+use ringfence_security_tests::server::{Server, patient};
 use ringfence_security_tests::stage::{
     CLIENT_NODE, PATIENCE, SERVER_NODE, Stage, TUNNEL_PORT, is_answered, only_peer,
 };
@@ -25,7 +26,10 @@ pub fn cases() -> Vec<Case<Stage>> {
     cases![
         the_agents_mark_opens_neither_its_ports_nor_a_way_around_the_mesh,
         a_borrowed_source_address_gains_nothing,
-        an_mptcp_socket_cannot_leave_in_plaintext,
+        an_enrolled_pod_gets_no_mptcp_socket,
+        raw_segments_towards_the_mesh_do_not_leave_the_node,
+        live_plaintext_ends_when_the_policy_refuses_it,
+        registry_only_pods_reach_what_the_registry_knows_alone,
         a_socket_bound_to_a_device_cannot_leave_in_plaintext,
         tcp_fast_open_goes_through_the_mesh,
         secrets_and_control_sockets_are_for_their_owner_alone,
@@ -53,15 +57,15 @@ fn socket(
         .run(|| Socket::new(domain, Type::STREAM, Some(protocol)))
 }
 
-fn tcp(stage: &Stage, pod: &str, family: Family) -> Result<Socket> {
+pub fn tcp(stage: &Stage, pod: &str, family: Family) -> Result<Socket> {
     socket(stage, pod, family, Protocol::TCP)?.context("making a TCP socket")
 }
 
-fn connect(socket: &Socket, to: SocketAddr) -> std::io::Result<()> {
+pub fn connect(socket: &Socket, to: SocketAddr) -> std::io::Result<()> {
     socket.connect_timeout(&SockAddr::from(to), PATIENCE)
 }
 
-fn is_forbidden(result: &std::io::Result<()>) -> Result<()> {
+pub fn is_forbidden(result: &std::io::Result<()>) -> Result<()> {
     let kind = result.as_ref().err().map(std::io::Error::kind);
     ensure!(
         kind == Some(ErrorKind::PermissionDenied),
@@ -72,7 +76,7 @@ fn is_forbidden(result: &std::io::Result<()>) -> Result<()> {
 
 /// Connects and asks. A refusal may come at any step: the listener that takes a redirected
 /// connection has accepted before anybody is asked.
-fn ask(socket: Socket, target: SocketAddr) -> std::io::Result<Vec<u8>> {
+pub fn ask(socket: Socket, target: SocketAddr) -> std::io::Result<Vec<u8>> {
     connect(&socket, target)?;
     let mut stream = TcpStream::from(socket);
     patient(&stream, PATIENCE)?;
@@ -83,7 +87,7 @@ fn ask(socket: Socket, target: SocketAddr) -> std::io::Result<Vec<u8>> {
 }
 
 /// `client` is greeted, and nobody else gets a byte.
-fn only_client_is_greeted(pod: &str, answer: &std::io::Result<Vec<u8>>) -> Result<()> {
+pub fn only_client_is_greeted(pod: &str, answer: &std::io::Result<Vec<u8>>) -> Result<()> {
     match (pod, answer) {
         ("client", Ok(answer)) if answer == GREETING => Ok(()),
         ("client", _) => bail!("client: {answer:?}"),
@@ -149,60 +153,219 @@ fn a_borrowed_source_address_gains_nothing(stage: &mut Stage) -> Result<Verdict>
     Ok(Verdict::Passed)
 }
 
-fn an_mptcp_socket_cannot_leave_in_plaintext(stage: &mut Stage) -> Result<Verdict> {
+fn an_enrolled_pod_gets_no_mptcp_socket(stage: &mut Stage) -> Result<Verdict> {
     for family in Family::BOTH {
-        for target in [
-            Stage::service(family),
-            stage.port("web", family, TEST_PORT)?,
-        ] {
-            let mut application = stage.application()?;
-            let capture = listen(stage)?;
-            for pod in ["intruder", "client"] {
-                let Some(socket) = mptcp(stage, pod, family)? else {
-                    return Ok(Verdict::Skipped("this kernel has no MPTCP".into()));
-                };
-                // Refused by the hook, or taken into the mesh like any other connection.
-                let answer = ask(socket, target);
-                let forbidden = answer
-                    .as_ref()
-                    .is_err_and(|error| error.kind() == ErrorKind::PermissionDenied);
-                if !forbidden {
-                    only_client_is_greeted(pod, &answer).with_context(|| format!("to {target}"))?;
-                }
-            }
-            let client = stage.address("client", family)?;
-            let accepted = application.accepted();
-            ensure!(
-                accepted.iter().all(|peer| peer.ip() == client),
-                "the application accepted {accepted:?}"
-            );
-            let frames = capture.stop()?;
-            ensure!(
-                frames_with(&frames, b"hello\n") == 0,
-                "a request is on the wire"
-            );
-            ensure!(
-                frames_with(&frames, GREETING) == 0,
-                "an answer is on the wire"
-            );
+        // Whoever is not enrolled gets one, where the kernel has them at all.
+        if socket(stage, "outside", family, Protocol::MPTCP)?.is_err() {
+            return Ok(Verdict::Skipped("this kernel has no MPTCP".into()));
         }
-        // The twin: outside the mesh it is nobody's business.
-        if let Some(socket) = mptcp(stage, "client", family)? {
-            connect(&socket, stage.port("legacy", family, 8080)?).context("to legacy")?;
+        for pod in ["intruder", "client"] {
+            let refused = socket(stage, pod, family, Protocol::MPTCP)?;
+            // What a kernel without it says, so that programs take TCP instead.
+            let errno = refused
+                .as_ref()
+                .err()
+                .and_then(std::io::Error::raw_os_error);
+            ensure!(
+                errno == Some(Errno::EPROTONOSUPPORT as i32),
+                "{pod}: {refused:?}"
+            );
+            tcp(stage, pod, family)?;
         }
     }
     Ok(Verdict::Passed)
 }
 
-/// An MPTCP socket in a pod, on a kernel that has them.
-fn mptcp(stage: &Stage, pod: &str, family: Family) -> Result<Option<Socket>> {
-    match socket(stage, pod, family, Protocol::MPTCP)? {
-        Ok(socket) => Ok(Some(socket)),
-        Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-            Some(Errno::EPROTONOSUPPORT | Errno::ENOPROTOOPT | Errno::EINVAL) => Ok(None),
-            _ => Err(error).context("making an MPTCP socket"),
-        },
+pub fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
     }
+}
+
+/// A TCP segment in an IP packet, as a raw socket takes it.
+pub fn ip_packet(source: IpAddr, to: IpAddr, tcp: &[u8]) -> Vec<u8> {
+    let mut packet = Vec::new();
+    if to.is_ipv4() {
+        packet.extend([0x45, 0]);
+        packet.extend((20 + tcp.len() as u16).to_be_bytes());
+        // The kernel fills in the checksum.
+        packet.extend([0, 0, 0, 0, 64, 6, 0, 0]);
+    } else {
+        packet.extend([0x60, 0, 0, 0]);
+        packet.extend((tcp.len() as u16).to_be_bytes());
+        packet.extend([6, 64]);
+    }
+    packet.extend(octets(source));
+    packet.extend(octets(to));
+    packet.extend(tcp);
+    packet
+}
+
+/// A SYN as a process with CAP_NET_RAW writes it, past every hook of a socket.
+fn raw_syn(source: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
+    let mut tcp = Vec::new();
+    tcp.extend(source.port().to_be_bytes());
+    tcp.extend(to.port().to_be_bytes());
+    // Sequence numbers, 20 bytes of header, SYN, window; no checksum: nobody is to take it.
+    tcp.extend([0, 0, 0, 1, 0, 0, 0, 0, 5 << 4, 2, 0xff, 0xff, 0, 0, 0, 0]);
+    tcp.extend(data);
+    ip_packet(source.ip(), to.ip(), &tcp)
+}
+
+fn raw_segments_towards_the_mesh_do_not_leave_the_node(stage: &mut Stage) -> Result<Verdict> {
+    const MARKER: &[u8] = b"written-by-hand-";
+    const DROPPED: &str = "kernel.guard_plaintext_to_mesh";
+    for family in Family::BOTH {
+        let send = |from: &str, to: SocketAddr, marker: &[u8]| -> Result<()> {
+            let domain = match family {
+                Family::V4 => Domain::IPV4,
+                Family::V6 => Domain::IPV6,
+            };
+            let source = stage.port(from, family, 4000)?;
+            let netns = stage.lab()?.pod(from)?.netns();
+            let sent = netns.run(|| -> std::io::Result<usize> {
+                // IPPROTO_RAW: the header is ours.
+                let socket = Socket::new(domain, Type::RAW, Some(Protocol::from(255)))?;
+                // An IPv6 raw socket takes no port.
+                let target = SockAddr::from(SocketAddr::new(to.ip(), 0));
+                socket.send_to(&raw_syn(source, to, marker), &target)
+            })?;
+            sent.with_context(|| format!("{from} to {to}"))?;
+            Ok(())
+        };
+        let capture = listen(stage)?;
+        let before = stage.counter(CLIENT_NODE, DROPPED)?;
+        let web = stage.port("web", family, TEST_PORT)?;
+        send("client", web, &[MARKER, b"one"].concat())?;
+        stage.wait_counter(CLIENT_NODE, DROPPED, before + 1)?;
+        // A service's address would be translated behind the guard.
+        send("client", Stage::service(family), &[MARKER, b"two"].concat())?;
+        stage.wait_counter(CLIENT_NODE, DROPPED, before + 2)?;
+        // The twin: outside the mesh it is nobody's business.
+        let legacy = stage.port("legacy", family, 8080)?;
+        send("client", legacy, &[MARKER, b"three"].concat())?;
+        stage.attempt("client", legacy)?;
+        let frames = capture.stop()?;
+        for (number, expected) in [(&b"one"[..], 0), (b"two", 0), (b"three", 1)] {
+            let seen = frames_with(&frames, &[MARKER, number].concat());
+            ensure!(seen == expected, "{seen} frames with {number:?}");
+        }
+    }
+    Ok(Verdict::Passed)
+}
+
+/// Plaintext from outside is admitted, a connection is made, and STRICT comes back.
+fn live_plaintext_ends_when_the_policy_refuses_it(stage: &mut Stage) -> Result<Verdict> {
+    let mode = |mesh: &mut Mesh, mode: &str| {
+        for entry in &mut mesh.peer_authentication {
+            entry.mode = mode.to_owned();
+        }
+    };
+    let web = stage.lab()?.pod("web")?.netns();
+    let server = Server::start(&web, TEST_PORT, PATIENCE, |mut stream| {
+        let mut back = stream.try_clone()?;
+        // What ends the connection is the result.
+        Ok(std::io::copy(&mut stream, &mut back).map_err(|error| error.kind()))
+    })?;
+    let goes_on = |stream: &mut TcpStream| -> Result<()> {
+        stream.write_all(b"hello\n")?;
+        stream.read_exact(&mut [0; 6])?;
+        Ok(())
+    };
+    let mut live = Vec::new();
+    let mut meshed = stage.connect("client", Stage::service(Family::V4))?;
+    stage.change_mesh(
+        |mesh| {
+            mode(mesh, "PERMISSIVE");
+            mesh.policies.push(Policy {
+                name: "anyone-may-use-the-test-port".into(),
+                rules: vec![Rule {
+                    ip_blocks: vec!["10.77.0.0/16".into(), "fd77::/16".into()],
+                    ports: vec![TEST_PORT],
+                    ..Rule::default()
+                }],
+                ..Policy::clients_may_use_web()
+            });
+        },
+        "PERMISSIVE",
+        |stage| {
+            for family in Family::BOTH {
+                let target = stage.port("web", family, TEST_PORT)?;
+                let mut stream = stage.connect("outside", target)?;
+                goes_on(&mut stream)?;
+                live.push(stream);
+            }
+            Ok(())
+        },
+    )?;
+    live.iter_mut().try_for_each(goes_on)?;
+    stage.lab_mut()?.update_mesh(|mesh| mode(mesh, "STRICT"))?;
+    for stream in &mut live {
+        let read = stream.read(&mut [0; 1]).map_err(|error| error.kind());
+        ensure!(
+            read == Err(ErrorKind::ConnectionReset),
+            "the client saw {read:?} instead of a reset"
+        );
+        let served = server.next(PATIENCE)?;
+        ensure!(
+            served == Err(ErrorKind::ConnectionAborted),
+            "the application saw {served:?}"
+        );
+    }
+    goes_on(&mut meshed).context("a stream of the mesh, which is admitted as before")?;
+    Ok(Verdict::Passed)
+}
+
+fn registry_only_pods_reach_what_the_registry_knows_alone(stage: &mut Stage) -> Result<Verdict> {
+    let file = stage.lab()?.agent_config(CLIENT_NODE);
+    let text = std::fs::read_to_string(&file)?;
+    let outside = stage.lab()?.pod("outside")?.netns();
+    let listener = Server::start(&outside, TEST_PORT, PATIENCE, |mut stream| {
+        stream.read(&mut [0; 1]).context("the client")
+    })?;
+    let outcome = (|| {
+        let mut live = Vec::new();
+        for family in Family::BOTH {
+            live.push(stage.connect("client", stage.port("outside", family, TEST_PORT)?)?);
+        }
+        // `intruder` is on the same node and keeps its own mode.
+        let egress = "egress:\n  mode: registry-only\n  overrides:\n  \
+                      - {namespace: demo, name: intruder, mode: allow-any}\n";
+        std::fs::write(&file, format!("{text}{egress}"))?;
+        for stream in &mut live {
+            let read = stream.read(&mut [0; 1]).map_err(|error| error.kind());
+            ensure!(
+                read == Err(ErrorKind::ConnectionAborted),
+                "what was connected saw {read:?}"
+            );
+        }
+        for family in Family::BOTH {
+            let unknown = stage.port("outside", family, TEST_PORT)?;
+            is_forbidden(&connect(&tcp(stage, "client", family)?, unknown))?;
+            connect(&tcp(stage, "intruder", family)?, unknown).context("intruder")?;
+            // Workloads in and outside the mesh, and services with either.
+            let mut application = stage.application()?;
+            is_answered(&stage.attempt("client", Stage::service(family))?)?;
+            only_peer(&mut application, stage.address("client", family)?)?;
+            for known in [
+                stage.port("legacy", family, 8080)?,
+                SocketAddr::new(family.of(LEGACY_VIP), 8080),
+            ] {
+                connect(&tcp(stage, "client", family)?, known)
+                    .with_context(|| format!("to {known}"))?;
+            }
+        }
+        Ok(())
+    })();
+    std::fs::write(&file, text)?;
+    outcome?;
+    let unknown = stage.port("outside", Family::V4, TEST_PORT)?;
+    wait_until("the mode to be as it was", PATIENCE, || {
+        connect(&tcp(stage, "client", Family::V4)?, unknown).context("client")
+    })?;
+    drop(listener);
+    Ok(Verdict::Passed)
 }
 
 fn a_socket_bound_to_a_device_cannot_leave_in_plaintext(stage: &mut Stage) -> Result<Verdict> {

@@ -5,6 +5,8 @@
 //! select cases by name. `RINGFENCE_BIN` names the program under test; without it,
 //! `target/release/ringfence` is.
 
+mod attack_sockets;
+mod attacks;
 mod certificates;
 mod configuration;
 mod evasions;
@@ -14,6 +16,7 @@ mod identity_sources;
 mod impostor;
 mod key_exchange;
 mod lifecycle;
+mod operators;
 mod policy;
 mod revocation;
 mod rotation;
@@ -43,6 +46,9 @@ fn main() -> ExitCode {
         routing::cases(),
         evasions::cases(),
         policy::cases(),
+        attacks::cases(),
+        attack_sockets::cases(),
+        operators::cases(),
         certificates::cases(),
         handshakes::cases(),
         tunnels::cases(),

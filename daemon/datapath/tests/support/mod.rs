@@ -15,10 +15,9 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, setns, unshare};
-use ringfence_bpf_common::{
-    Addr, Endpoint, Mask, POD_READY, Pod, PolicySet, WORKLOAD_MESH, Workload,
-};
+use ringfence_bpf_common::{Addr, Endpoint, POD_READY, Pod, WORKLOAD_MESH, Workload};
 use ringfence_datapath::{Datapath, Options, netns_cookie};
+use ringfence_policies::{CompiledSet, TermMask};
 use socket2::{Domain, Protocol, Socket, Type};
 
 pub const POD4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
@@ -171,7 +170,7 @@ impl Lab {
             };
             lab.datapath.put_workload(address.into(), workload).unwrap();
         }
-        lab.install(&PolicySet::default(), &[(0, Mask::NONE)]);
+        lab.install(0, &[(0, terms(&[]))]);
         lab.enrol();
         lab
     }
@@ -194,17 +193,10 @@ impl Lab {
         }
     }
 
-    /// A set without conditions on sources and ports.
-    pub fn install(&self, set: &PolicySet, identities: &[(u32, Mask)]) {
-        let set = PolicySet {
-            other_sources: Mask::ALL,
-            other_ports: Mask::ALL,
-            destination4: Mask::ALL,
-            destination6: Mask::ALL,
-            ..*set
-        };
+    /// A set of ALLOW terms without conditions on sources and ports.
+    pub fn install(&self, flags: u32, identities: &[(u32, TermMask)]) {
         self.datapath
-            .install_set(SET, &set, identities, &[], &[])
+            .install_set(SET, &any_connection(flags), identities)
             .unwrap();
     }
 
@@ -295,10 +287,22 @@ pub fn mapped(address: IpAddr) -> IpAddr {
 }
 
 /// The terms with these numbers.
-pub fn terms(bits: &[usize]) -> Mask {
-    let mut mask = Mask::NONE;
-    bits.iter().for_each(|bit| mask.set(*bit));
+pub fn terms(numbers: &[u16]) -> TermMask {
+    let mut mask = TermMask::default();
+    assert!(numbers.iter().all(|number| mask.set(*number)));
     mask
+}
+
+/// A set whose terms hold wherever their identity condition does; none is a DENY term.
+pub fn any_connection(flags: u32) -> CompiledSet {
+    let all = terms(&(0..256).collect::<Vec<_>>());
+    let mut set = CompiledSet::default();
+    set.flags = flags;
+    set.other_sources = all.clone();
+    set.other_ports = all.clone();
+    set.destination4 = all.clone();
+    set.destination6 = all;
+    set
 }
 
 pub fn errno<T>(result: io::Result<T>) -> i32 {
