@@ -157,6 +157,9 @@ fn suite(executable: &Executable, binary: &Path) -> Suite {
     }
 }
 
+/// Tells the end-to-end tests that the processor is emulated, and shared with other guests.
+const EMULATED: &str = "RINGFENCE_EMULATED";
+
 /// Tells the end-to-end tests where `ringfence` is.
 const BINARY: &str = "RINGFENCE_BIN";
 
@@ -203,7 +206,10 @@ fn in_guest(kernel: &str, suites: &[Suite], binary: &Path) -> Result<Vec<Entry>>
             name: format!("kernel {kernel}: {}", suite.name),
             program: place.into(),
             folder: "/tmp".into(),
-            environment: vec![(BINARY.to_owned(), program.to_owned())],
+            environment: vec![
+                (BINARY.to_owned(), program.to_owned()),
+                (EMULATED.to_owned(), "1".to_owned()),
+            ],
             serial: true,
         });
     }
@@ -219,7 +225,7 @@ fn in_guest(kernel: &str, suites: &[Suite], binary: &Path) -> Result<Vec<Entry>>
     let mut guest = vm::Guest::new(kernel, command.map(str::to_owned).to_vec());
     guest.with_xtask = true;
     guest.files = files;
-    guest.timeout = Duration::from_secs(3000);
+    guest.timeout = Duration::from_secs(4200);
     ui::line(format!(
         "guest with kernel {release}: {} suites",
         guest_suites.len()

@@ -43,6 +43,12 @@ const WHOLE_TEST: Duration = Duration::from_secs(1800);
 const UNKNOWN_CA: u8 = 48;
 
 fn fifty_streams_live_through_six_rotations_and_a_new_root(stage: &mut Stage) -> Result<Verdict> {
+    // `cargo xtask test` sets it for its guests, which share the cores.
+    if std::env::var_os("RINGFENCE_EMULATED").is_some() {
+        return Ok(Verdict::Skipped(
+            "certificates of 20 s are too short for an emulated processor that is shared".into(),
+        ));
+    }
     let short_lived = |config: &mut ringfence_lab::LabConfig| {
         config.svid_ttl = "20s".into();
         config.pods = PodSpec::defaults(2)

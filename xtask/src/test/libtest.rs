@@ -25,7 +25,7 @@ pub struct Suite {
 }
 
 /// Longest time that one program may take.
-const PATIENCE: Duration = Duration::from_secs(1500);
+const PATIENCE: Duration = Duration::from_secs(2400);
 
 impl Suite {
     /// Runs the program; each of its tests is one entry.
