@@ -20,7 +20,8 @@ const USUAL_BPFFS: &str = "/sys/fs/bpf";
 /// Detaches and removes everything that was pinned below `pin_dir`, whatever its
 /// version. The pods are not protected afterwards. A missing folder is no error.
 ///
-/// Guards that are filters are looked for in the calling thread's network namespace.
+/// Guards that are filters are looked for in the calling thread's network namespace; those
+/// of another one stay, and let everything pass.
 pub fn remove(pin_dir: &Path) -> Result<(), DatapathError> {
     let entries = match fs::read_dir(pin_dir) {
         Ok(entries) => entries,
@@ -33,6 +34,7 @@ pub fn remove(pin_dir: &Path) -> Result<(), DatapathError> {
         let entry = entry.map_err(|source| path_error("read", pin_dir, source))?;
         let path = entry.path();
         if is_layout(&entry.file_name().to_string_lossy()) {
+            forget_pods(&path.join(POD_TABLE))?;
             for folder in [LINKS, PODS, GUARDS] {
                 remove_links(&path.join(folder))?;
             }
@@ -65,6 +67,22 @@ pub(crate) fn remove_link(pin: &Path) -> Result<(), DatapathError> {
     fs::remove_file(pin).map_err(|source| path_error("remove", pin, source))
 }
 
+/// Without an entry of its pod, a program that stays somewhere decides nothing.
+fn forget_pods(table: &Path) -> Result<(), DatapathError> {
+    let map = match sys::open_pin(table) {
+        Ok(map) => map,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(path_error("open the pinned map", table, source)),
+    };
+    while let Some(cookie) = sys::first_key::<u64>(map.as_fd())
+        .map_err(|source| path_error("read the pinned map", table, source))?
+    {
+        sys::delete_batch(map.as_fd(), &[cookie])
+            .map_err(|source| path_error("empty the pinned map", table, source))?;
+    }
+    Ok(())
+}
+
 fn remove_links(folder: &Path) -> Result<(), DatapathError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -81,6 +99,8 @@ fn remove_links(folder: &Path) -> Result<(), DatapathError> {
     Ok(())
 }
 
+/// The map of enrolled pods; its key is 8 bytes long in every layout.
+const POD_TABLE: &str = "PODS";
 const LINKS: &str = "links";
 const PODS: &str = "pods";
 const GUARDS: &str = "guards";

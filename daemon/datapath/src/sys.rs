@@ -73,6 +73,7 @@ pub(crate) fn watch(ring: RingBuf<MapData>) -> io::Result<AsyncFd<RingBuf<MapDat
     Ok(watched?)
 }
 
+const BPF_MAP_GET_NEXT_KEY: libc::c_int = 4;
 const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
 const BPF_MAP_DELETE_BATCH: libc::c_int = 27;
 
@@ -92,6 +93,33 @@ pub(crate) fn update_batch<K: Pod, V: Pod>(
 /// Removes entries of a map in one call; a missing one ends it with an error.
 pub(crate) fn delete_batch<K: Pod>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<()> {
     batch(BPF_MAP_DELETE_BATCH, map, keys, 0)
+}
+
+/// A key of a hash map with keys of this size, or nothing if it is empty.
+pub(crate) fn first_key<K: Pod>(map: BorrowedFd<'_>) -> io::Result<Option<K>> {
+    /// `union bpf_attr` of `BPF_MAP_GET_NEXT_KEY`.
+    #[repr(C)]
+    struct Attr {
+        map_fd: u32,
+        pad: u32,
+        key: u64,
+        next_key: u64,
+    }
+    let mut next = std::mem::MaybeUninit::<K>::zeroed();
+    let mut attr = Attr {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        pad: 0,
+        key: 0,
+        next_key: next.as_mut_ptr() as u64,
+    };
+    // SAFETY: `Attr` has the layout of this command's part of the union. Without a key the
+    // kernel only writes one, of the size that the caller vouches for, into `next`.
+    match unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &mut attr) } {
+        // SAFETY: the kernel wrote it, and any bytes are a `Pod`.
+        Ok(_) => Ok(Some(unsafe { next.assume_init() })),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 fn batch<K: Pod>(
@@ -133,7 +161,7 @@ const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
 
-/// Opens a pinned link.
+/// Opens a pinned link or map.
 pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     /// `union bpf_attr` of `BPF_OBJ_GET`.
     #[repr(C)]

@@ -267,6 +267,24 @@ fn restarted_agent_takes_the_guard_over_and_removal_leaves_nothing() {
 }
 
 #[test]
+fn filters_that_removal_cannot_find_let_everything_pass() {
+    if !can_run("filters_that_removal_cannot_find_let_everything_pass") {
+        return;
+    }
+    let lab = known_lab();
+    guard(&lab, GuardHook::Clsact);
+    let syn = Segment::new((POD4, 4000), (MESH4, 8080), SYN).frame(false);
+    assert_eq!(
+        Bench::new(&lab, false).verdict(&syn),
+        "guard_plaintext_to_mesh"
+    );
+    // Not in the namespace of the devices.
+    ringfence_datapath::remove(lab.pin_dir()).unwrap();
+    assert_eq!(attached(&lab, GuardHook::Clsact), (1, 1));
+    assert_eq!(Bench::new(&lab, false).verdict(&syn), "passes");
+}
+
+#[test]
 fn filters_that_somebody_removed_are_put_back() {
     if !can_run("filters_that_somebody_removed_are_put_back") {
         return;

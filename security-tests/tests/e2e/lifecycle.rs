@@ -169,11 +169,12 @@ fn agents_without_a_control_plane_hold_their_pods_until_it_comes(
     for node in [CLIENT_NODE, SERVER_NODE] {
         let pins = stage.id().pin_dir().join(node);
         let mut command = std::process::Command::new(stage.binary());
-        let output = command
-            .arg("uninstall")
-            .arg("--pin-dir")
-            .arg(&pins)
-            .output()?;
+        command.arg("uninstall").arg("--pin-dir").arg(&pins);
+        let output = stage
+            .lab()?
+            .node(node)?
+            .netns()
+            .run(|| command.output())??;
         ensure!(
             output.status.success(),
             "`ringfence uninstall` ended with {}: {}",
