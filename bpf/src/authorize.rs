@@ -1,8 +1,8 @@
 //! The shared decision over the policy maps.
 
-use aya_ebpf::maps::lpm_trie::Key;
 use ringfence_bpf_common::{
-    Addr, Block, IdentityKey, Mask, PolicySet, PolicyTables, PortKey, Query, SourceKey, Verdict,
+    Block, IdentityKey, Mask, PolicySet, PolicyTables, PortKey, Query, SourceKey, SourceMatch,
+    Verdict,
 };
 
 use crate::maps::{POLICY_BLOCKS, POLICY_IDENTITIES, POLICY_PORTS, POLICY_SETS, POLICY_SOURCES};
@@ -24,26 +24,23 @@ impl PolicyTables for Tables {
     }
 
     #[inline(always)]
-    fn identity(&self, set: u32, identity: u32) -> Option<Mask> {
+    fn identity(&self, set: u32, identity: u32) -> Option<&Mask> {
         let key = IdentityKey { set, identity };
         // SAFETY: as in `set`.
-        unsafe { POLICY_IDENTITIES.get(key) }.copied()
+        unsafe { POLICY_IDENTITIES.get(key) }
     }
 
     #[inline(always)]
-    fn source(&self, set: u32, source: &Addr) -> Option<Mask> {
-        let data = SourceKey {
-            set: set.to_be_bytes(),
-            addr: *source,
-        };
-        POLICY_SOURCES.get(Key::new(32 + 128, data)).copied()
+    fn source(&self, key: &SourceKey) -> Option<&SourceMatch> {
+        // SAFETY: as in `set`.
+        unsafe { POLICY_SOURCES.get(key) }
     }
 
     #[inline(always)]
-    fn port(&self, set: u32, port: u16) -> Option<Mask> {
+    fn port(&self, set: u32, port: u16) -> Option<&Mask> {
         let key = PortKey { set, port, pad: 0 };
         // SAFETY: as in `set`.
-        unsafe { POLICY_PORTS.get(key) }.copied()
+        unsafe { POLICY_PORTS.get(key) }
     }
 
     #[inline(always)]

@@ -74,6 +74,8 @@ impl Call<'_> {
             netns: self.netns,
             cookie: self.cookie,
             kind,
+            source_seq: 0,
+            listener_seq: 0,
             pad: 0,
         }
     }

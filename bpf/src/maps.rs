@@ -4,10 +4,11 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
 use ringfence_bpf_common::{
     Block, COUNTERS as COUNTER_COUNT, Flow, IdentityKey, Mask, Pod, PolicySet, PortKey, SourceKey,
+    SourceMatch,
 };
 
 /// Network namespace cookie → the enrolled pod.
@@ -21,8 +22,11 @@ pub static POLICY_SETS: HashMap<u32, PolicySet> = HashMap::pinned(4096, BPF_F_NO
 pub static POLICY_IDENTITIES: HashMap<IdentityKey, Mask> =
     HashMap::pinned(1 << 20, BPF_F_NO_PREALLOC);
 
+/// Prefixes and the markers that lead to them. The buckets of a table take 16 bytes for each
+/// entry that it could have: 8 MiB here.
 #[map]
-pub static POLICY_SOURCES: LpmTrie<SourceKey, Mask> = LpmTrie::pinned(1 << 20, BPF_F_NO_PREALLOC);
+pub static POLICY_SOURCES: HashMap<SourceKey, SourceMatch> =
+    HashMap::pinned(1 << 19, BPF_F_NO_PREALLOC);
 
 #[map]
 pub static POLICY_PORTS: HashMap<PortKey, Mask> = HashMap::pinned(1 << 18, BPF_F_NO_PREALLOC);

@@ -1,8 +1,7 @@
-//! Records under the 4-tuple, which is known here and the SYN has not left yet: the
-//! original destination of a redirected connection, which the agent looks up at
-//! `accept`, and the last hops that were admitted, which `sk_lookup` lets in. And the
-//! connections that were admitted in plaintext, once they are established: before the
-//! application can accept them.
+//! What becomes of a TCP connection after `connect`: where a redirected one was going, by
+//! the time the agent can accept it; the last hops that were admitted, which `sk_lookup`
+//! lets in; and the connections that were admitted in plaintext, before the application
+//! can accept them.
 
 use core::{
     ffi::c_void,
@@ -13,35 +12,36 @@ use core::{
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_ANY, BPF_EXIST, BPF_NOEXIST, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
-        BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, BPF_TCP_SYN_SENT, bpf_sock_ops,
+        BPF_ANY, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, bpf_sock_ops,
     },
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_storage_get},
     macros::sock_ops,
     programs::SockOpsContext,
 };
 use ringfence_bpf_common::{
-    Addr, AppSocket, Counter, Endpoint, Flow, OriginalDst, SOCKET_LAST_HOP, SOCKET_REDIRECTED,
+    Addr, AppSocket, Counter, Endpoint, Flow, Handshake, OriginalDst, SOCKET_LAST_HOP,
+    SOCKET_REDIRECTED,
 };
 
 use crate::{
     context::{load_addr, load_pointer, load_u32},
     maps::{LAST_HOPS, PODS},
     mesh_maps::PLAINTEXT,
-    node_maps::{ORIGINAL_DST, SOCKS},
+    node_maps::{ACCEPTED, ORIGINAL_DST, SOCKS},
     predicate::same,
     report::count,
 };
 
 const AF_INET: u32 = 2;
-const EEXIST: i32 = 17;
 
 #[sock_ops]
 #[inline(always)]
 pub fn ringfence_tcp(ctx: SockOpsContext) -> u32 {
     match field(&ctx, Field::Op) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => connected(&ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ctx),
         BPF_SOCK_OPS_STATE_CB => closing(&ctx),
         _ => {}
@@ -49,24 +49,50 @@ pub fn ringfence_tcp(ctx: SockOpsContext) -> u32 {
     1
 }
 
+/// The 4-tuple of a last hop is known, and its SYN has not left yet.
 #[inline(always)]
 fn connecting(ctx: &SockOpsContext) {
     let Some(state) = state(ctx) else {
         return;
     };
-    let flow = flow(ctx, state.netns);
-    match state.kind {
-        SOCKET_REDIRECTED => record_original(flow, state),
-        SOCKET_LAST_HOP => {
-            if LAST_HOPS
-                .insert(flow, state.cookie, u64::from(BPF_ANY))
-                .is_err()
-            {
-                // It will be judged as plaintext.
-                count(Counter::NoRoom);
-            }
-        }
-        _ => return,
+    if state.kind != SOCKET_LAST_HOP {
+        return;
+    }
+    if LAST_HOPS
+        .insert(flow(ctx, state.netns), state.cookie, u64::from(BPF_ANY))
+        .is_err()
+    {
+        // It will be judged as plaintext.
+        count(Counter::NoRoom);
+    }
+    tell_the_end(ctx);
+}
+
+/// An application's end of a redirected connection is established, and its ACK has not
+/// left yet: without that there is no agent's end.
+#[inline(always)]
+fn connected(ctx: &SockOpsContext) {
+    let Some(state) = state(ctx) else {
+        return;
+    };
+    if state.kind != SOCKET_REDIRECTED {
+        return;
+    }
+    // What the SYN carried (TCP fast open) is not counted: the agent's listener takes none.
+    state.source_seq = field(ctx, Field::Acknowledged);
+    state.listener_seq = field(ctx, Field::NextReceived);
+    let record = OriginalDst {
+        asked: state.asked,
+        backend: state.backend,
+        cookie: state.cookie,
+    };
+    if ORIGINAL_DST
+        .insert(handshake(ctx, state), record, u64::from(BPF_NOEXIST))
+        .is_err()
+    {
+        // Without a record the agent resets the connection.
+        count(Counter::NoRoom);
+        return;
     }
     tell_the_end(ctx);
 }
@@ -93,8 +119,17 @@ fn accepted(ctx: &SockOpsContext) {
         listener: remote,
         ..
     } = flow(ctx, netns);
+    if local.port == pod.outbound_port {
+        return hand_over(
+            ctx,
+            Flow {
+                netns,
+                source: remote,
+                listener: local,
+            },
+        );
+    }
     if local.port == pod.inbound_port
-        || local.port == pod.outbound_port
         || remote.addr.is_loopback()
         || same(&remote.addr, &pod.addr4)
         || same(&remote.addr, &pod.addr6)
@@ -119,34 +154,45 @@ fn accepted(ctx: &SockOpsContext) {
     tell_the_end(ctx);
 }
 
+/// The agent's end of a connection from `flow.source` is established: it gets the record
+/// that the application's end left under the same handshake. One that nobody redirected
+/// finds none.
 #[inline(always)]
-fn record_original(flow: Flow, app: &AppSocket) {
-    let record = OriginalDst {
-        asked: app.asked,
-        backend: app.backend,
-        cookie: app.cookie,
+fn hand_over(ctx: &SockOpsContext, flow: Flow) {
+    let key = Handshake {
+        flow,
+        source_seq: field(ctx, Field::NextReceived),
+        listener_seq: field(ctx, Field::NextSent),
     };
-    match ORIGINAL_DST.insert(flow, record, u64::from(BPF_NOEXIST)) {
-        Ok(()) => {}
-        Err(error) if error == -EEXIST => {
-            // An earlier connection from this port has ended and still waits in the
-            // agent's backlog. Its bytes must not go to this one's destination.
-            count(Counter::NoRoom);
-            let claimed_twice = OriginalDst {
-                cookie: 0,
-                ..record
-            };
-            let _ = ORIGINAL_DST.insert(flow, claimed_twice, u64::from(BPF_ANY));
-        }
-        // Without a record the agent resets the connection.
-        Err(_) => count(Counter::NoRoom),
+    // SAFETY: copied before it is removed; see below.
+    let Some(mut record) = (unsafe { ORIGINAL_DST.get(&key) }).copied() else {
+        return;
+    };
+    // The kernel gives the memory of a removed record to the next one at once. No key comes
+    // twice: whoever removes the record has read it and no other.
+    if ORIGINAL_DST.remove(&key).is_err() {
+        return;
+    }
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return;
+    }
+    // SAFETY: a socket that is not null, a map of socket storage and a value of its type.
+    let slot = unsafe {
+        bpf_sk_storage_get(
+            addr_of!(ACCEPTED).cast_mut().cast(),
+            sk,
+            (&raw mut record).cast(),
+            u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+        )
+    };
+    if slot.is_null() {
+        count(Counter::NoRoom);
     }
 }
 
-/// Removes the record of a connection that was refused, spoils that of one which was
-/// aborted before the agent accepted it (an orderly close keeps it: what was sent still
-/// waits to be accepted), and removes the entry of a last hop or of a plaintext connection
-/// that ended.
+/// Removes the entry of a last hop or of a plaintext connection that ended, and the record
+/// of a redirected one that ended without an end of the agent's.
 #[inline(always)]
 fn closing(ctx: &SockOpsContext) {
     if field(ctx, Field::To) != BPF_TCP_CLOSE {
@@ -155,28 +201,24 @@ fn closing(ctx: &SockOpsContext) {
     let Some(state) = state(ctx) else {
         return forget_accepted(ctx);
     };
-    let from = field(ctx, Field::From);
-    let flow = flow(ctx, state.netns);
-    if state.kind == SOCKET_LAST_HOP {
-        let _ = LAST_HOPS.remove(flow);
-    } else if state.kind == SOCKET_REDIRECTED {
-        match from {
-            // The agent's end has not come about.
-            BPF_TCP_SYN_SENT => {
-                let _ = ORIGINAL_DST.remove(flow);
-            }
-            // It may wait in the agent's backlog, with bytes that can still be read. Were
-            // there no record, the next connection's from this port would be taken for its own.
-            BPF_TCP_ESTABLISHED | BPF_TCP_FIN_WAIT1 => {
-                let nobodys = OriginalDst {
-                    asked: state.asked,
-                    backend: state.backend,
-                    cookie: 0,
-                };
-                let _ = ORIGINAL_DST.insert(flow, nobodys, u64::from(BPF_EXIST));
-            }
-            _ => {}
+    match state.kind {
+        SOCKET_LAST_HOP => {
+            let _ = LAST_HOPS.remove(flow(ctx, state.netns));
         }
+        SOCKET_REDIRECTED => {
+            let _ = ORIGINAL_DST.remove(handshake(ctx, state));
+        }
+        _ => {}
+    }
+}
+
+/// The handshake of the application's end, as it was when that was established.
+#[inline(always)]
+fn handshake(ctx: &SockOpsContext, state: &AppSocket) -> Handshake {
+    Handshake {
+        flow: flow(ctx, state.netns),
+        source_seq: state.source_seq,
+        listener_seq: state.listener_seq,
     }
 }
 
@@ -205,18 +247,23 @@ fn forget_accepted(ctx: &SockOpsContext) {
 
 /// What `connect` remembered of the socket.
 #[inline(always)]
-fn state(ctx: &SockOpsContext) -> Option<&AppSocket> {
-    // SAFETY: a readable field of the context.
-    let sk: *mut c_void =
-        unsafe { load_pointer!(ctx.ops, offset_of!(bpf_sock_ops, __bindgen_anon_2)) };
+fn state(ctx: &SockOpsContext) -> Option<&mut AppSocket> {
+    let sk = socket(ctx);
     if sk.is_null() {
         return None;
     }
     // SAFETY: a socket that is not null and a map of socket storage; nothing is created.
     let state = unsafe { bpf_sk_storage_get(addr_of!(SOCKS).cast_mut().cast(), sk, null_mut(), 0) }
         .cast::<AppSocket>();
-    // SAFETY: null or storage that lives as long as the socket of this call.
-    unsafe { state.as_ref() }
+    // SAFETY: null or storage that lives as long as the socket of this call, which holds
+    // the socket's lock.
+    unsafe { state.as_mut() }
+}
+
+#[inline(always)]
+fn socket(ctx: &SockOpsContext) -> *mut c_void {
+    // SAFETY: a readable field of the context.
+    unsafe { load_pointer!(ctx.ops, offset_of!(bpf_sock_ops, __bindgen_anon_2)) }
 }
 
 /// The connection as the agent's end of it sees it. An `AF_INET6` socket with an
@@ -254,10 +301,14 @@ enum Field {
     Op,
     Family,
     CallbackFlags,
-    /// State callback: the state that is left.
-    From,
     /// State callback: the state that comes.
     To,
+    /// The number of the first byte that the other end has not acknowledged (`snd_una`).
+    Acknowledged,
+    /// The number of the next byte to be sent (`snd_nxt`).
+    NextSent,
+    /// The number of the next byte that is expected (`rcv_nxt`).
+    NextReceived,
 }
 
 #[inline(always)]
@@ -272,8 +323,10 @@ fn field(ctx: &SockOpsContext, field: Field) -> u32 {
             Field::CallbackFlags => {
                 load_u32!(ctx.ops, offset_of!(bpf_sock_ops, bpf_sock_ops_cb_flags))
             }
-            Field::From => load_u32!(ctx.ops, ARGS),
             Field::To => load_u32!(ctx.ops, ARGS + 4),
+            Field::Acknowledged => load_u32!(ctx.ops, offset_of!(bpf_sock_ops, snd_una)),
+            Field::NextSent => load_u32!(ctx.ops, offset_of!(bpf_sock_ops, snd_nxt)),
+            Field::NextReceived => load_u32!(ctx.ops, offset_of!(bpf_sock_ops, rcv_nxt)),
         }
     }
 }

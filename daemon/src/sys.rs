@@ -16,6 +16,12 @@ pub fn set_bind_address_no_port(socket: impl AsFd) -> io::Result<()> {
     set_int(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
 }
 
+/// Has a listener ignore data in a SYN (`TCP_FASTOPEN`), whatever the namespace's
+/// `tcp_fastopen` says of listeners in general. After `listen`, which asks for that.
+pub fn set_no_fast_open(listener: impl AsFd) -> io::Result<()> {
+    set_int(listener, libc::IPPROTO_TCP, libc::TCP_FASTOPEN, 0)
+}
+
 fn set_int(
     socket: impl AsFd,
     level: libc::c_int,

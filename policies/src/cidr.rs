@@ -31,13 +31,6 @@ enum Family {
 }
 
 impl Cidr {
-    /// Every IPv4 address.
-    pub(crate) const ALL_V4: Cidr = Cidr {
-        family: Family::V4,
-        bits: MAPPED,
-        length: 96,
-    };
-
     /// `length` in bits: 0 to 32 for IPv4, 0 to 128 for IPv6. An IPv4-mapped IPv6
     /// prefix is an error: nothing would ever match it.
     pub fn new(address: IpAddr, length: u32) -> Result<Self, ValueError> {
@@ -105,16 +98,9 @@ impl Cidr {
             && other.bits & network_mask(self.length) == self.bits
     }
 
-    /// Whether an LPM trie over 128-bit keys would take this prefix for IPv4-mapped
-    /// addresses although it does not contain them.
-    pub(crate) fn shadows_mapped(&self) -> bool {
-        self.family == Family::V6
-            && self.length <= 96
-            && MAPPED & network_mask(self.length) == self.bits
-    }
-
-    /// The 128-bit key and the prefix length in it (0 to 128; IPv4 prefixes 96 to 128).
-    pub(crate) fn trie_key(&self) -> (Addr, u8) {
+    /// The first address, IPv4 as the IPv4-mapped one, and how many bits of that count (0
+    /// to 128; IPv4 prefixes 96 to 128).
+    pub(crate) fn mapped(&self) -> (Addr, u8) {
         (Addr(self.bits.to_be_bytes()), self.length)
     }
 }
@@ -233,8 +219,6 @@ mod tests {
             "::ffff:0:0/96".parse::<Cidr>(),
             Err(ValueError::MappedPrefix(_))
         ));
-        assert!(cidr("::ffff:0:0/95").shadows_mapped());
-        assert!(!cidr("fd00::/8").shadows_mapped());
     }
 
     #[test]

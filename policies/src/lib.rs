@@ -66,7 +66,7 @@ pub use compile::{
     TermOrigin, WorkloadAddresses, compile, compile_with_dry_run,
 };
 pub use error::{PeerError, PolicyError, ValueError};
-pub use mask::{BlockStore, Layout, TermMask, lay_out};
+pub use mask::{BlockStore, Layout, TermMask, runs_of};
 pub use model::{
     Action, Clause, Match, Policy, PolicyName, PolicySummary, Rule, Scope, ServiceAccountMatch,
     StringMatch, port,

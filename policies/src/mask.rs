@@ -1,9 +1,9 @@
 //! Sets of terms, and how they are laid out in `POLICY_BLOCKS`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use ringfence_bpf_common::{BLOCK_TERMS, Block, MAX_TERMS, Mask};
+use ringfence_bpf_common::{BLOCK_TERMS, Block, MAX_BASE, MAX_TERMS, Mask};
 
 /// A set of terms (numbers below [`MAX_TERMS`]). Only blocks that have a term take room,
 /// and clones share them until one is changed.
@@ -125,44 +125,133 @@ pub trait BlockStore {
     fn store(&mut self, blocks: &[Block]) -> Option<u32>;
 }
 
-/// Stores a mask in the form that [`ringfence_bpf_common::authorize`] reads; `None` when
-/// the store has no room. An empty mask takes none.
-pub fn lay_out(mask: &TermMask, store: &mut impl BlockStore) -> Option<Mask> {
-    if mask.is_empty() {
-        return Some(Mask::NONE);
-    }
-    let blocks: Vec<Block> = mask.blocks().map(|(_, block)| *block).collect();
-    let summary = mask.summary();
-    Some(Mask {
-        summary: [summary as u32, (summary >> 32) as u32],
-        first: store.store(&blocks)?,
-    })
-}
-
-/// The masks of one set as they are laid out: equal ones once.
+/// The masks of one set as they are laid out: equal ones once. Of those that differ from an
+/// earlier one in few blocks these blocks alone are stored; the earlier one is their *base*.
 #[derive(Clone, Debug, Default)]
 pub struct Layout {
     known: HashMap<TermMask, Mask>,
+    /// The latest masks that resembled none before.
+    bases: VecDeque<Base>,
+    runs: Vec<(u32, u32)>,
 }
 
+#[derive(Clone, Debug)]
+struct Base {
+    /// By number, the empty ones included.
+    blocks: Vec<Block>,
+    /// As [`Mask::base`] has it, once it is stored in this form.
+    place: Option<u32>,
+}
+
+/// Masks of fewer blocks have nothing to gain from a base.
+const BLOCKS_WORTH_SHARING: usize = 4;
+/// Bases that a mask is compared with.
+const MOST_BASES: usize = 8;
+
 impl Layout {
-    /// [`lay_out`], unless an equal mask is there already.
+    /// Stores a mask in the form that [`ringfence_bpf_common::authorize`] reads, unless an
+    /// equal one is there already; `None` when the store has no room. An empty mask takes
+    /// none.
     pub fn mask(&mut self, mask: &TermMask, store: &mut impl BlockStore) -> Option<Mask> {
         if let Some(known) = self.known.get(mask) {
             return Some(*known);
         }
-        let laid_out = lay_out(mask, store)?;
+        let laid_out = self.lay_out(mask, store)?;
         self.known.insert(mask.clone(), laid_out);
         Some(laid_out)
     }
 
-    /// The runs of blocks that were stored: first index and length.
+    /// The runs of blocks that were stored, each once: first index and length.
     pub fn runs(&self) -> impl Iterator<Item = (u32, u32)> {
-        self.known
-            .values()
-            .map(|mask| (mask.first, mask.blocks().count_ones()))
-            .filter(|(_, length)| *length > 0)
+        self.runs.iter().copied()
     }
+
+    fn lay_out(&mut self, mask: &TermMask, store: &mut impl BlockStore) -> Option<Mask> {
+        let summary = mask.summary();
+        let (own, base) = self.base(mask, store).unwrap_or((summary, 0));
+        let blocks: Vec<Block> = mask
+            .blocks()
+            .filter(|(number, _)| own & 1 << number != 0)
+            .map(|(_, block)| *block)
+            .collect();
+        Some(Mask {
+            summary,
+            own,
+            first: self.store(&blocks, store)?,
+            base,
+        })
+    }
+
+    /// Which blocks of the mask a base has not, and the place of the base; `None` when no
+    /// base has at least half of them: then the mask may be the base of later ones.
+    fn base(&mut self, mask: &TermMask, store: &mut impl BlockStore) -> Option<(u64, u32)> {
+        if mask.blocks.len() < BLOCKS_WORTH_SHARING {
+            return None;
+        }
+        let lacking = self.bases.iter().map(|base| base.lacks(mask)).enumerate();
+        let nearest = lacking.min_by_key(|(_, lacks)| lacks.count_ones());
+        let Some((at, lacks)) =
+            nearest.filter(|(_, lacks)| lacks.count_ones() as usize * 2 <= mask.blocks.len())
+        else {
+            if self.bases.len() == MOST_BASES {
+                self.bases.pop_front();
+            }
+            self.bases.push_back(Base::of(mask));
+            return None;
+        };
+        let base = self.bases.get(at)?;
+        if let Some(place) = base.place {
+            return Some((lacks, place));
+        }
+        let blocks = base.blocks.clone();
+        let first = self.store(&blocks, store)?;
+        if first > MAX_BASE {
+            return None;
+        }
+        let place = first | (blocks.len() as u32) << 24;
+        self.bases.get_mut(at)?.place = Some(place);
+        Some((lacks, place))
+    }
+
+    fn store(&mut self, blocks: &[Block], store: &mut impl BlockStore) -> Option<u32> {
+        if blocks.is_empty() {
+            return Some(0);
+        }
+        let first = store.store(blocks)?;
+        self.runs.push((first, blocks.len() as u32));
+        Some(first)
+    }
+}
+
+impl Base {
+    fn of(mask: &TermMask) -> Self {
+        let length = mask.blocks().last().map_or(0, |(number, _)| number + 1);
+        let mut blocks = vec![Block::default(); length as usize];
+        for (number, block) in mask.blocks() {
+            if let Some(place) = blocks.get_mut(number as usize) {
+                *place = *block;
+            }
+        }
+        Base {
+            blocks,
+            place: None,
+        }
+    }
+
+    /// Bit `i`: block `i` of the mask is not empty, and another one here.
+    fn lacks(&self, mask: &TermMask) -> u64 {
+        mask.blocks()
+            .filter(|(number, block)| self.blocks.get(*number as usize) != Some(block))
+            .fold(0, |lacks, (number, _)| lacks | 1 << (number & 63))
+    }
+}
+
+/// The runs of `POLICY_BLOCKS` that a mask of the kernel refers to, as first index and
+/// length: its own blocks, and those of its base, which other masks of its set refer to too.
+pub fn runs_of(mask: &Mask) -> impl Iterator<Item = (u32, u32)> {
+    let own = (mask.first, mask.own.count_ones());
+    let base = (mask.base & MAX_BASE, mask.base >> 24);
+    [own, base].into_iter().filter(|(_, length)| *length > 0)
 }
 
 /// Equal masks share their blocks.
@@ -223,6 +312,52 @@ mod tests {
         }
     }
 
+    /// The terms that the kernel finds in a mask.
+    fn stored(mask: &Mask, store: &Room) -> Vec<u16> {
+        let mut found = Vec::new();
+        for number in (0..64).filter(|n| mask.summary & 1 << n != 0) {
+            let block = store.0[mask.index(number) as usize];
+            assert!(block.first().is_some(), "block {number} is empty");
+            found.extend(
+                (0..256u16)
+                    .filter(|t| block.0[usize::from(t / 64)] & 1 << (t % 64) != 0)
+                    .map(|t| number as u16 * 256 + t),
+            );
+        }
+        found
+    }
+
+    #[test]
+    fn masks_that_differ_in_few_blocks_share_the_others() {
+        let all = mask(0..MAX_TERMS as u16);
+        let mut store = Room(Vec::new(), usize::MAX);
+        let mut layout = Layout::default();
+        let first = layout.mask(&all, &mut store).unwrap();
+        assert_eq!((first.own, first.base, store.0.len()), (u64::MAX, 0, 64));
+        for term in 0..1000 {
+            let mut one_less = all.clone();
+            one_less.remove(&mask([term]));
+            let laid_out = layout.mask(&one_less, &mut store).unwrap();
+            assert_eq!(laid_out.own.count_ones(), 1);
+            assert_eq!(runs_of(&laid_out).collect::<Vec<_>>()[1], (64, 64));
+        }
+        assert_eq!(store.0.len(), 64 + 64 + 1000);
+        // One that shares too little is stored for itself, and is the base of the next.
+        let even = mask((0..MAX_TERMS as u16).filter(|t| t % 2 == 0));
+        let laid_out = layout.mask(&even, &mut store).unwrap();
+        assert_eq!((laid_out.own, laid_out.base), (u64::MAX, 0));
+        let mut near = even.clone();
+        near.remove(&mask([0]));
+        let near = layout.mask(&near, &mut store).unwrap();
+        assert_eq!((near.own, near.base), (1, (128 + 1000 + 64) | 64 << 24));
+        // A part of it has no block of its own.
+        let laid_out = layout.mask(&even.below(2048), &mut store).unwrap();
+        assert_eq!((laid_out.own, laid_out.base), (0, near.base));
+        // Few blocks are stored as they are.
+        let small = layout.mask(&even.below(512), &mut store).unwrap();
+        assert_eq!((small.own, small.base), (3, 0));
+    }
+
     #[test]
     fn term_past_the_limit_is_not_put_in() {
         let mut at_limit = TermMask::default();
@@ -269,24 +404,28 @@ mod tests {
             before in 0..5usize,
         ) {
             let all: std::collections::BTreeSet<u16> = few
-                .into_iter()
+                .iter()
+                .copied()
                 .chain((run.0..run.0.saturating_add(run.1)).filter(|t| usize::from(*t) < MAX_TERMS))
                 .collect();
             let mask = mask(all.iter().copied());
             prop_assert!(all.iter().copied().eq(terms(&mask)));
 
             let mut store = Room(vec![Block([u64::MAX; 4]); before], usize::MAX);
-            let laid_out = lay_out(&mask, &mut store).unwrap();
-            prop_assert_eq!(laid_out.blocks(), mask.summary());
-            let mut found = Vec::new();
-            for number in (0..64).filter(|n| laid_out.blocks() & 1 << n != 0) {
-                let block = store.0[laid_out.index(number) as usize];
-                prop_assert!(block.first().is_some(), "an empty block takes room");
-                found.extend((0..256u16).filter(|t| block.0[usize::from(t / 64)] & 1 << (t % 64) != 0)
-                    .map(|t| number as u16 * 256 + t));
+            let mut layout = Layout::default();
+            let laid_out = layout.mask(&mask, &mut store).unwrap();
+            prop_assert_eq!(laid_out.summary, mask.summary());
+            prop_assert!(all.iter().copied().eq(stored(&laid_out, &store)));
+            // Others that share its blocks: they do not change it, and have their own terms.
+            for one in few.into_iter().take(3) {
+                let mut near = mask.clone();
+                near.remove(&self::mask([one]));
+                let laid_out = layout.mask(&near, &mut store).unwrap();
+                prop_assert!(terms(&near).into_iter().eq(stored(&laid_out, &store)));
             }
-            prop_assert!(all.iter().eq(&found));
-            prop_assert_eq!(store.0.len(), before + laid_out.blocks().count_ones() as usize);
+            prop_assert!(all.iter().copied().eq(stored(&laid_out, &store)));
+            let runs: u32 = layout.runs().map(|(_, length)| length).sum();
+            prop_assert_eq!(store.0.len(), before + runs as usize);
         }
 
         #[test]

@@ -4,19 +4,19 @@ use std::collections::HashMap;
 use std::num::NonZeroU32;
 
 use ringfence_bpf_common::{
-    Addr, Block, IDENTITY_NONE, IdentityKey, Mask, PolicySet, PolicyTables, PortKey, SourceKey,
+    Block, IDENTITY_NONE, IdentityKey, Mask, PolicySet, PolicyTables, PortKey, SourceKey,
+    SourceMatch,
 };
 
 use crate::{BlockStore, CompiledSet, Layout, Peer};
 
 /// Compiled sets under the keys of the BPF maps. [`ringfence_bpf_common::authorize`] over
-/// it answers as the kernel does over the same entries, longest-prefix match included.
+/// it answers as the kernel does over the same entries.
 #[derive(Clone, Debug, Default)]
 pub struct Tables {
     sets: HashMap<u32, PolicySet>,
     identities: HashMap<IdentityKey, Mask>,
-    /// By prefix length in bits (those of the set id included) and masked key.
-    sources: HashMap<(u32, SourceKey), Mask>,
+    sources: HashMap<SourceKey, SourceMatch>,
     ports: HashMap<PortKey, Mask>,
     layouts: HashMap<u32, Layout>,
     blocks: Blocks,
@@ -39,8 +39,8 @@ impl Tables {
         };
         let set = id.get();
         self.layouts.insert(set, layout);
-        for (prefix, mask) in entries.sources {
-            self.sources.insert(prefix.key(set), mask);
+        for (prefix, found) in entries.sources {
+            self.sources.insert(prefix.key(set), found);
         }
         for (port, mask) in entries.ports {
             self.ports.insert(PortKey { set, port, pad: 0 }, mask);
@@ -69,8 +69,7 @@ impl Tables {
             return;
         }
         self.identities.retain(|key, _| key.set != id);
-        self.sources
-            .retain(|(_, key), _| key.set != id.to_be_bytes());
+        self.sources.retain(|key, _| key.set != id);
         self.ports.retain(|key, _| key.set != id);
         if let Some(layout) = self.layouts.remove(&id) {
             self.blocks.free(&layout);
@@ -102,24 +101,16 @@ impl PolicyTables for Tables {
         self.sets.get(&id)
     }
 
-    fn identity(&self, set: u32, identity: u32) -> Option<Mask> {
-        self.identities.get(&IdentityKey { set, identity }).copied()
+    fn identity(&self, set: u32, identity: u32) -> Option<&Mask> {
+        self.identities.get(&IdentityKey { set, identity })
     }
 
-    fn source(&self, set: u32, source: &Addr) -> Option<Mask> {
-        // Longest first, as a trie finds it; the key is cut bit by bit and not through
-        // the prefix type that filled the table.
-        (0..=128u32).rev().find_map(|length| {
-            let key = SourceKey {
-                set: set.to_be_bytes(),
-                addr: cut(source, length),
-            };
-            self.sources.get(&(u32::BITS + length, key)).copied()
-        })
+    fn source(&self, key: &SourceKey) -> Option<&SourceMatch> {
+        self.sources.get(key)
     }
 
-    fn port(&self, set: u32, port: u16) -> Option<Mask> {
-        self.ports.get(&PortKey { set, port, pad: 0 }).copied()
+    fn port(&self, set: u32, port: u16) -> Option<&Mask> {
+        self.ports.get(&PortKey { set, port, pad: 0 })
     }
 
     fn block(&self, index: u32) -> Option<&Block> {
@@ -151,17 +142,4 @@ impl BlockStore for Blocks {
         self.stored.extend((first..).zip(blocks.iter().copied()));
         Some(first)
     }
-}
-
-/// The first `length` bits, the rest zero.
-fn cut(addr: &Addr, length: u32) -> Addr {
-    let mut bytes = addr.0;
-    for (byte, first_bit) in bytes.iter_mut().zip((0u32..).step_by(8)) {
-        *byte &= match length.saturating_sub(first_bit) {
-            0 => 0,
-            bits @ 1..8 => !(0xff >> bits),
-            _ => 0xff,
-        };
-    }
-    Addr(bytes)
 }

@@ -1,6 +1,7 @@
 //! Certificates that a proper CA would issue, and those it never would: signed with the key
 //! of the lab's own CA, or with a stranger's.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -23,6 +24,7 @@ pub struct Authority(Issuer<'static, KeyPair>);
 pub struct Leaf {
     pub uris: Vec<String>,
     pub dns_names: Vec<String>,
+    pub addresses: Vec<IpAddr>,
     pub not_before: SystemTime,
     pub not_after: SystemTime,
     pub is_ca: bool,
@@ -139,6 +141,7 @@ impl Leaf {
         Leaf {
             uris: vec![spiffe_id(service_account)],
             dns_names: Vec::new(),
+            addresses: Vec::new(),
             not_before: SystemTime::now() - Duration::from_secs(60),
             not_after: SystemTime::now() + Duration::from_secs(3600),
             is_ca: false,
@@ -166,6 +169,8 @@ impl Leaf {
                 .subject_alt_names
                 .push(SanType::DnsName(Ia5String::try_from(name.as_str())?));
         }
+        let addresses = self.addresses.iter().copied().map(SanType::IpAddress);
+        params.subject_alt_names.extend(addresses);
         params.is_ca = if self.is_ca {
             IsCa::Ca(BasicConstraints::Unconstrained)
         } else {

@@ -6,11 +6,14 @@
 //! encoding of well-formed control messages.
 
 pub mod authority;
+pub mod edits;
 pub mod harness;
 pub mod hello;
 pub mod load;
+pub mod operator;
 pub mod peer;
 pub mod server;
 pub mod spire;
 pub mod stage;
 pub mod volume;
+pub mod withheld;

@@ -68,21 +68,7 @@ impl harness::Stage for Stage {
     }
 
     fn after_case(&mut self) -> Result<()> {
-        let Some(lab) = &mut self.lab else {
-            return Ok(());
-        };
-        let changed = Mesh {
-            revision: self.baseline.revision,
-            ..lab.mesh()?.clone()
-        } != self.baseline;
-        if changed {
-            let baseline = self.baseline.clone();
-            lab.update_mesh(|mesh| {
-                *mesh = Mesh {
-                    revision: mesh.revision,
-                    ..baseline
-                }
-            })?;
+        if self.lab.is_some() && self.restore_mesh()? {
             self.settle()?;
         }
         Ok(())
@@ -179,8 +165,24 @@ impl Stage {
             self.restart_agent_with(node, || Ok(std::fs::write(file, text)?))?;
         }
         self.lab()?.wait_ready(PATIENCE)?;
+        self.restore_mesh()?;
         self.settle()?;
         done
+    }
+
+    /// The mesh is as it was when the lab came up; says whether it was another one.
+    fn restore_mesh(&mut self) -> Result<bool> {
+        let baseline = self.baseline.clone();
+        let lab = self.lab_mut()?;
+        let mesh = Mesh {
+            revision: lab.mesh()?.revision,
+            ..baseline
+        };
+        let changed = mesh != *lab.mesh()?;
+        if changed {
+            lab.update_mesh(|current| *current = mesh)?;
+        }
+        Ok(changed)
     }
 
     /// Ends an agent, if it runs, and starts it; it need not be ready on return.

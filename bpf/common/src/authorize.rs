@@ -5,7 +5,8 @@
 use crate::Addr;
 use crate::policy::{
     BLOCK_TERMS, Block, IDENTITY_NONE, MASK_BLOCKS, Mask, PolicySet, SET_HAS_ALLOW, SET_HAS_PORTS,
-    SET_HAS_SOURCES, SET_POLICY_NOT_RECEIVED, SET_STRICT, SET_UNREPRESENTABLE, lowest_bit,
+    SET_POLICY_NOT_RECEIVED, SET_STRICT, SET_UNREPRESENTABLE, SOURCE_PROBES, SourceKey,
+    SourceMatch, lowest_bit,
 };
 
 /// One connection to judge.
@@ -28,11 +29,11 @@ pub trait PolicyTables {
     /// The set with this id.
     fn set(&self, id: u32) -> Option<&PolicySet>;
     /// Terms whose source identity condition holds.
-    fn identity(&self, set: u32, identity: u32) -> Option<Mask>;
-    /// Terms whose source address condition holds: the longest prefix of `source`.
-    fn source(&self, set: u32, source: &Addr) -> Option<Mask>;
+    fn identity(&self, set: u32, identity: u32) -> Option<&Mask>;
+    /// A prefix of the source address.
+    fn source(&self, key: &SourceKey) -> Option<&SourceMatch>;
     /// Terms whose port condition holds.
-    fn port(&self, set: u32, port: u16) -> Option<Mask>;
+    fn port(&self, set: u32, port: u16) -> Option<&Mask>;
     /// The element of `POLICY_BLOCKS` with this index.
     fn block(&self, index: u32) -> Option<&Block>;
 }
@@ -180,26 +181,23 @@ pub fn authorize<T: PolicyTables>(tables: &T, query: &Query) -> Verdict {
     let Some(by_identity) = tables.identity(query.set, query.identity) else {
         return Verdict::of(Reason::UnknownIdentity);
     };
-    let mut by_source = set.other_sources;
-    if set.flags & SET_HAS_SOURCES != 0
-        && let Some(mask) = tables.source(query.set, &query.source)
-    {
-        by_source = mask;
-    }
-    let mut by_port = set.other_ports;
+    let Some(by_source) = by_source(tables, set, query) else {
+        return Verdict::of(Reason::NoPolicySet);
+    };
+    let mut by_port = &set.other_ports;
     if set.flags & SET_HAS_PORTS != 0
         && let Some(mask) = tables.port(query.set, query.port)
     {
         by_port = mask;
     }
     let by_destination = if query.destination_v4 {
-        set.destination4
+        &set.destination4
     } else {
-        set.destination6
+        &set.destination6
     };
 
     let mut blocks =
-        by_identity.blocks() & by_source.blocks() & by_port.blocks() & by_destination.blocks();
+        by_identity.summary & by_source.summary & by_port.summary & by_destination.summary;
     let mut round = 0;
     // Each round takes a bit away; the second condition is what the verifier can see.
     while blocks != 0 && round < MASK_BLOCKS {
@@ -231,4 +229,30 @@ pub fn authorize<T: PolicyTables>(tables: &T, query: &Query) -> Verdict {
         return Verdict::of(Reason::NotAllowed);
     }
     Verdict::of(Reason::NoAllowPolicy)
+}
+
+/// Terms whose source condition holds: those of the longest prefix that covers the source.
+/// `None` when the search does not end, as it does over the tables of any compiled set.
+#[inline(always)]
+fn by_source<T: PolicyTables>(tables: &T, set: &PolicySet, query: &Query) -> Option<Mask> {
+    let SourceMatch {
+        mut mask,
+        mut lengths,
+    } = if query.source.is_v4() {
+        set.sources4
+    } else {
+        set.sources6
+    };
+    let [upper, lower] = query.source.halves();
+    let mut probes = 0;
+    while lengths != 0 && probes < SOURCE_PROBES {
+        let length = lengths as u32 & 0xff;
+        lengths >>= 8;
+        probes += 1;
+        if let Some(found) = tables.source(&SourceKey::new(query.set, length, upper, lower)) {
+            mask = found.mask;
+            lengths = found.lengths;
+        }
+    }
+    (lengths == 0).then_some(mask)
 }

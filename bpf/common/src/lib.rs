@@ -18,4 +18,4 @@ pub use policy::*;
 
 /// Version of everything in this crate that is stored in pinned maps. A change
 /// of any layout raises it: the pin directory carries it in its name.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;

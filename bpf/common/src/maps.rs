@@ -49,6 +49,16 @@ impl Addr {
         unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(self.0) }
     }
 
+    /// The first and the last 64 bits as numbers.
+    #[inline(always)]
+    pub const fn halves(&self) -> [u64; 2] {
+        let [a, b, c, d] = self.words();
+        [
+            (u32::from_be(a) as u64) << 32 | u32::from_be(b) as u64,
+            (u32::from_be(c) as u64) << 32 | u32::from_be(d) as u64,
+        ]
+    }
+
     /// The address of four words in memory order.
     #[inline(always)]
     pub const fn from_words(words: [u32; 4]) -> Self {
@@ -181,6 +191,9 @@ pub struct AppSocket {
     pub cookie: u64,
     /// One of `SOCKET_*`.
     pub kind: u32,
+    /// The sequence numbers of the [`Handshake`] that the record was written under.
+    pub source_seq: u32,
+    pub listener_seq: u32,
     pub pad: u32,
 }
 
@@ -191,7 +204,7 @@ pub const SOCKET_REDIRECTED: u32 = 1;
 /// The agent's last hop, admitted by `authorize()`.
 pub const SOCKET_LAST_HOP: u32 = 2;
 
-/// `ORIGINAL_DST` key: the redirected connection as the agent sees it at accept.
+/// A connection as its listening end sees it.
 ///
 /// `LAST_HOPS` key → cookie of the agent's socket: a last hop that was admitted. Its
 /// SYN names a client that is elsewhere and, to the receiving side, came in through
@@ -210,14 +223,28 @@ pub struct Flow {
     pub listener: Endpoint,
 }
 
-/// `ORIGINAL_DST` value: written before the SYN leaves, deleted at accept.
+/// `ORIGINAL_DST` key: one handshake of a redirected connection. A port can be used again
+/// while an earlier connection from it still waits to be accepted; the sequence numbers,
+/// which both ends know once they have shaken hands (RFC 9293, 3.5), tell the two apart.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Handshake {
+    pub flow: Flow,
+    /// The number of the first byte that the connecting end sends.
+    pub source_seq: u32,
+    /// The number of the first byte that the listening end sends.
+    pub listener_seq: u32,
+}
+
+/// `ORIGINAL_DST` value: written when the application's end is established, which is
+/// before the ACK leaves that brings about the agent's end. There it becomes the value of
+/// `ACCEPTED` (socket storage), before the agent can accept it.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct OriginalDst {
     pub asked: Endpoint,
     pub backend: Endpoint,
-    /// Cookie of the application's socket; 0 marks a record that two connections
-    /// claimed (the earlier one was not accepted yet), which serves neither.
+    /// Cookie of the application's socket.
     pub cookie: u64,
 }
 
@@ -389,6 +416,7 @@ mod pod {
         Workload,
         AppSocket,
         Flow,
+        Handshake,
         OriginalDst,
         AgentSocket,
         Event
@@ -399,8 +427,9 @@ const _: () = {
     assert!(size_of::<Endpoint>() == 20);
     assert!(size_of::<Pod>() == 48);
     assert!(size_of::<Backend>() == 24);
-    assert!(size_of::<AppSocket>() == 64);
+    assert!(size_of::<AppSocket>() == 72);
     assert!(size_of::<Flow>() == 48);
+    assert!(size_of::<Handshake>() == 56);
     assert!(size_of::<OriginalDst>() == 48);
     assert!(size_of::<AgentSocket>() == 24);
     assert!(size_of::<Event>() == 64);

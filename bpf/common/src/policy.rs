@@ -9,8 +9,6 @@
 //! A mask is stored without its empty parts, so that what a verdict costs depends on how
 //! many terms come near to matching and not on how many there are.
 
-use crate::Addr;
-
 /// The identity of plaintext.
 pub const IDENTITY_NONE: u32 = 0;
 
@@ -25,38 +23,46 @@ pub const MAX_TERMS: usize = MASK_BLOCKS * BLOCK_TERMS;
 
 /// A set of terms: which of its blocks have any, and where those are.
 ///
-/// Words of 32 bits: the trie stores its value right behind 20 bytes of key data.
+/// Most masks of a set differ from one another in few blocks. So the blocks come from two
+/// places: a *base* that many masks share, which has one for every number, and a run of the
+/// mask's own, which has those that differ.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Mask {
-    /// Bit `i` (lower half first): block `i`, the terms `256 i .. 256 (i + 1)`, is not
-    /// empty.
-    pub summary: [u32; 2],
-    /// Index into `POLICY_BLOCKS` of the first block that is not empty; the others follow
-    /// it in order.
+    /// Bit `i`: block `i`, the terms `256 i .. 256 (i + 1)`, is not empty.
+    pub summary: u64,
+    /// Bit `i`: block `i` is one of the mask's own. No bit that `summary` lacks.
+    pub own: u64,
+    /// Index into `POLICY_BLOCKS` of the first of its own; the others follow it in order.
     pub first: u32,
+    /// Lower 24 bits: index into `POLICY_BLOCKS` of the base's block 0. Upper 8 bits: how
+    /// many blocks the base has, 0 when there is none; only userspace asks.
+    pub base: u32,
 }
 
 impl Mask {
     /// No term.
     pub const NONE: Mask = Mask {
-        summary: [0; 2],
+        summary: 0,
+        own: 0,
         first: 0,
+        base: 0,
     };
-
-    /// [`Mask::summary`] as one word.
-    #[inline(always)]
-    pub const fn blocks(&self) -> u64 {
-        self.summary[0] as u64 | (self.summary[1] as u64) << 32
-    }
 
     /// Index into `POLICY_BLOCKS` of block `number`, which must not be empty.
     #[inline(always)]
     pub const fn index(&self, number: u32) -> u32 {
-        let below = (1u64 << (number & 63)) - 1;
-        self.first.wrapping_add(ones(self.blocks() & below))
+        let bit = 1u64 << (number & 63);
+        if self.own & bit != 0 {
+            self.first.wrapping_add(ones(self.own & (bit - 1)))
+        } else {
+            (self.base & MAX_BASE).wrapping_add(number)
+        }
     }
 }
+
+/// Highest index into `POLICY_BLOCKS` of a base's first block.
+pub const MAX_BASE: u32 = (1 << 24) - 1;
 
 /// One element of `POLICY_BLOCKS`: 256 terms of a mask. Never changed while a mask in the
 /// kernel refers to it.
@@ -115,8 +121,10 @@ pub struct PolicySet {
     pub flags: u32,
     /// Terms below this number are those of DENY policies, the others of ALLOW policies.
     pub deny_terms: u32,
-    /// Terms whose source condition holds for an address that `POLICY_SOURCES` lacks.
-    pub other_sources: Mask,
+    /// Where the search for an IPv4 source begins: the answer for addresses in no prefix.
+    pub sources4: SourceMatch,
+    /// The same for an IPv6 source.
+    pub sources6: SourceMatch,
     /// Terms whose port condition holds for a port that `POLICY_PORTS` lacks.
     pub other_ports: Mask,
     /// Terms whose destination condition holds for the pod's IPv4 address.
@@ -133,11 +141,8 @@ pub const SET_HAS_ALLOW: u32 = 2;
 pub const SET_UNREPRESENTABLE: u32 = 4;
 /// A policy that the workload names has not arrived: everything is denied.
 pub const SET_POLICY_NOT_RECEIVED: u32 = 8;
-/// `POLICY_SOURCES` has entries of the set: without them the trie, which grows slower with
-/// the number of all entries, is not asked.
-pub const SET_HAS_SOURCES: u32 = 16;
 /// `POLICY_PORTS` has entries of the set.
-pub const SET_HAS_PORTS: u32 = 32;
+pub const SET_HAS_PORTS: u32 = 16;
 
 /// `POLICY_IDENTITIES` key → [`Mask`] of the terms whose source identity condition holds.
 /// An identity without an entry is denied.
@@ -157,21 +162,72 @@ pub struct PortKey {
     pub pad: u16,
 }
 
-/// `POLICY_SOURCES` key data (LPM trie) → [`Mask`]: the answer for every address whose
-/// longest match this prefix is. The prefix length counts the 32 bits of `set` too.
+/// `POLICY_SOURCES` key → [`SourceMatch`]: a prefix, its bits behind `length` zero.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct SourceKey {
-    /// Big endian, so that the trie compares it as a prefix.
-    pub set: [u8; 4],
-    pub addr: Addr,
+    pub set: u32,
+    /// 1 to 128 bits of the address; IPv4 prefixes (mapped) have 97 or more.
+    pub length: u32,
+    /// The first 64 bits of the address as a number.
+    pub upper: u64,
+    /// The last 64 bits.
+    pub lower: u64,
+}
+
+impl SourceKey {
+    /// The prefix of an address; a `length` above 128 counts as 128.
+    #[inline(always)]
+    pub const fn new(set: u32, length: u32, upper: u64, lower: u64) -> Self {
+        let length = if length < 128 { length } else { 128 };
+        let (in_upper, in_lower) = if length <= 64 {
+            (length, 0)
+        } else {
+            (64, length - 64)
+        };
+        SourceKey {
+            set,
+            length,
+            upper: upper & leading(in_upper),
+            lower: lower & leading(in_lower),
+        }
+    }
+}
+
+/// What is known of a source address after a prefix of it was found: an element of a binary
+/// search on prefix lengths (Waldvogel, Varghese, Turner and Plattner, SIGCOMM 1997).
+///
+/// `POLICY_SOURCES` has the prefixes that policies name, and *markers*: shorter prefixes of
+/// those, at lengths where the search comes by. Finding one means that only longer ones can
+/// say more, missing it that only shorter ones can. Either halves the lengths that are left
+/// below the last hit, so a source is judged by at most [`SOURCE_PROBES`] look-ups however
+/// many prefixes there are: 6 for IPv4, and 1 where all prefixes have the same length.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct SourceMatch {
+    /// Terms whose source condition holds for addresses of which nothing longer is found:
+    /// the answer of the longest prefix, among those that policies name, that covers this one.
+    pub mask: Mask,
+    /// The lengths to ask for next, each one byte, lowest byte first: the next one when one
+    /// is missed, and those of what was found when it is found. 0 ends the search.
+    pub lengths: u64,
+}
+
+/// Look-ups in `POLICY_SOURCES` of one verdict: 128 lengths, halved each time.
+pub const SOURCE_PROBES: u32 = 8;
+
+/// A number whose `count` (at most 64) highest bits are ones.
+#[inline(always)]
+const fn leading(count: u32) -> u64 {
+    // In two steps, because none may shift by 64.
+    let half = count / 2;
+    !((u64::MAX >> half) >> (count - half))
 }
 
 const _: () = {
-    assert!(size_of::<Mask>() == 12 && align_of::<Mask>() == 4);
-    assert!(size_of::<Block>() == 32);
-    assert!(size_of::<PolicySet>() == 8 + 4 * 12);
-    assert!(size_of::<SourceKey>() == 20);
+    assert!(size_of::<Mask>() == 24 && size_of::<Block>() == 32);
+    assert!(size_of::<SourceKey>() == 24 && size_of::<SourceMatch>() == 32);
+    assert!(size_of::<PolicySet>() == 8 + 2 * 32 + 3 * 24);
     // `Verdict::term` is 16 bits wide, and its highest value means none.
     assert!(MAX_TERMS < u16::MAX as usize);
 };
@@ -186,7 +242,8 @@ mod pod {
             unsafe impl aya::Pod for $t {}
         )*};
     }
-    pod!(Mask, Block, PolicySet, IdentityKey, PortKey, SourceKey);
+    pod!(Mask, Block, PolicySet, IdentityKey, PortKey);
+    pod!(SourceKey, SourceMatch);
 }
 
 #[cfg(test)]
@@ -209,15 +266,28 @@ mod tests {
     }
 
     #[test]
-    fn blocks_are_counted_from_the_first_that_is_not_empty() {
-        let blocks = 1u64 << 3 | 1 << 31 | 1 << 32 | 1 << 63;
+    fn own_blocks_are_counted_and_the_others_are_those_of_the_base() {
+        let own = 1u64 << 3 | 1 << 31 | 1 << 63;
         let mask = Mask {
-            summary: [blocks as u32, (blocks >> 32) as u32],
+            summary: own | 1 << 4 | 1 << 32,
+            own,
             first: 100,
+            base: 64 << 24 | 1000,
         };
-        assert_eq!(mask.blocks(), blocks);
-        for (number, index) in [(3, 100), (31, 101), (32, 102), (63, 103)] {
+        for (number, index) in [(3, 100), (4, 1004), (31, 101), (32, 1032), (63, 102)] {
             assert_eq!(mask.index(number), index);
+        }
+    }
+
+    #[test]
+    fn key_has_the_bits_of_its_length_and_no_others() {
+        let address = 0x2001_0db8_ffff_ffff_f0f0_ffff_ffff_ffffu128;
+        for length in 0..=130u32 {
+            let key = SourceKey::new(7, length, (address >> 64) as u64, address as u64);
+            let length = length.min(128);
+            let expected = address & u128::MAX.checked_shl(128 - length).unwrap_or(0);
+            assert_eq!((key.set, key.length), (7, length));
+            assert_eq!((key.upper as u128) << 64 | key.lower as u128, expected);
         }
     }
 

@@ -43,13 +43,19 @@ fn main() {
         [1, 10, 100, 1_000, 2_000]
             .map(|policies| verdicts(policies, vec![workload(0, policies, kind)], rounds))
     };
-    let costs = [1_000, 2_000].map(|policies| costs(policies, rounds));
+    let costs = [
+        costs(1_000, ordinary, rounds),
+        costs(2_000, ordinary, rounds),
+        costs(2_000, with_five_blocks, rounds),
+    ];
     let report = json!({
         "rounds": rounds,
         "spread": spread(plain),
         "spread_with_blocks": spread(ordinary),
+        "spread_with_lengths": spread(of_every_length),
         "one_workload": one(plain),
         "one_workload_with_blocks": one(ordinary),
+        "one_workload_with_lengths": one(of_every_length),
         "one_workload_worst": one(entangled),
         "costs": costs,
     });
@@ -67,6 +73,40 @@ fn ordinary(namespace: usize, k: usize) -> Policy {
             principals: vec![StringMatch::exact(client(namespace, k)).unwrap()],
             destination_ports: vec![port],
             source_ips: k.is_multiple_of(4).then(block).into_iter().collect(),
+            ..Match::default()
+        },
+    )
+}
+
+/// The same with blocks of every length from /8 to /32 in turn, one inside the other.
+fn of_every_length(namespace: usize, k: usize) -> Policy {
+    let (source, port) = way(k);
+    let block = || Cidr::new(source.into(), 8 + k as u32 / 4 % 25).unwrap();
+    policy(
+        namespace,
+        k,
+        Match {
+            principals: vec![StringMatch::exact(client(namespace, k)).unwrap()],
+            destination_ports: vec![port],
+            source_ips: k.is_multiple_of(4).then(block).into_iter().collect(),
+            ..Match::default()
+        },
+    )
+}
+
+/// The same with five address blocks in every policy.
+fn with_five_blocks(namespace: usize, k: usize) -> Policy {
+    let block = |n: usize| {
+        let number = 5 * k + n;
+        Cidr::new([10, (number / 256) as u8, number as u8, 0].into(), 24).unwrap()
+    };
+    policy(
+        namespace,
+        k,
+        Match {
+            principals: vec![StringMatch::exact(client(namespace, k)).unwrap()],
+            destination_ports: vec![way(k).1],
+            source_ips: (0..5).map(block).collect(),
             ..Match::default()
         },
     )
@@ -212,9 +252,14 @@ fn verdicts(policies: usize, sets: Vec<(usize, WorkloadPolicies)>, rounds: usize
 }
 
 /// What some policies of one workload cost to compile, to install and to keep.
-fn costs(number: usize, rounds: usize) -> Value {
+fn costs(number: usize, kind: fn(usize, usize) -> Policy, rounds: usize) -> Value {
     let lab = Lab::bare();
-    let (_, policies) = workload(0, number, ordinary);
+    let (_, policies) = workload(0, number, kind);
+    let matches = policies
+        .policies
+        .iter()
+        .map(|policy| &policy.rules[0].clauses[0].matches[0]);
+    let prefixes: usize = matches.map(|m| m.source_ips.len()).sum();
     let compile = median((0..rounds).map(|_| seconds(|| drop(compiled(&policies)))));
     let set = compiled(&policies);
     let someone = peer(&client(0, number / 2));
@@ -239,6 +284,7 @@ fn costs(number: usize, rounds: usize) -> Value {
     let usage = lab.datapath.policy_usage();
     json!({
         "policies": number,
+        "prefixes": prefixes,
         "terms": set.terms.len(),
         "compile_seconds": compile,
         "identity_seconds": identity,

@@ -37,6 +37,7 @@ pub(crate) fn load_node(pins: &Pins) -> Result<Ebpf, DatapathError> {
     EbpfLoader::new()
         .default_map_pin_directory(pins.maps())
         .map_pin_path("SOCKS", pins.map("SOCKS"))
+        .map_pin_path("ACCEPTED", pins.map("ACCEPTED"))
         .load(NODE)
         .map_err(|source| DatapathError::Load {
             object: "node",

@@ -8,11 +8,12 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{Map, MapData, PerCpuArray, lpm_trie::Key},
+    maps::{Map, MapData, PerCpuArray, SkStorage},
 };
 use ringfence_bpf_common::{
-    Addr, AgentSocket, Backend, BackendKey, Block, Counter, Flow, IdentityKey, Mask, OriginalDst,
-    Pod, PolicySet, PortKey, Service, ServiceKey, SourceKey, Workload,
+    Addr, AgentSocket, AppSocket, Backend, BackendKey, Block, Counter, Flow, Handshake,
+    IdentityKey, Mask, OriginalDst, Pod, PolicySet, PortKey, Service, ServiceKey, SourceKey,
+    SourceMatch, Workload,
 };
 
 use crate::{
@@ -42,7 +43,8 @@ pub struct Datapath {
     pub(crate) pods: Table<u64, Pod>,
     pub(crate) workloads: Table<Addr, Workload>,
     pub(crate) agent_sockets: Table<u64, AgentSocket>,
-    pub(crate) original_destinations: Table<Flow, OriginalDst>,
+    pub(crate) original_destinations: Table<Handshake, OriginalDst>,
+    pub(crate) accepted: SkStorage<MapData, OriginalDst>,
     pub(crate) last_hops: Table<Flow, u64>,
     pub(crate) plaintext: Table<Flow, u64>,
     pub(crate) guarded: Guarded,
@@ -70,6 +72,8 @@ impl Datapath {
             workloads: Table::new("WORKLOADS", take(&mut ebpf, "WORKLOADS")?)?,
             agent_sockets: Table::new("AGENT_SOCKS", take(&mut ebpf, "AGENT_SOCKS")?)?,
             original_destinations: Table::new("ORIGINAL_DST", take(&mut ebpf, "ORIGINAL_DST")?)?,
+            accepted: SkStorage::try_from(take(&mut ebpf, "ACCEPTED")?)
+                .map_err(|e| table_error("open", "ACCEPTED", e))?,
             last_hops: Table::new("LAST_HOPS", take(&mut ebpf, "LAST_HOPS")?)?,
             plaintext: Table::new("PLAINTEXT", take(&mut ebpf, "PLAINTEXT")?)?,
             guarded: Guarded::default(),
@@ -143,7 +147,9 @@ fn require_sizes(pins: &Pins) -> Result<(), DatapathError> {
         of::<u64, Pod>("PODS"),
         of::<Addr, Workload>("WORKLOADS"),
         of::<u64, AgentSocket>("AGENT_SOCKS"),
-        of::<Flow, OriginalDst>("ORIGINAL_DST"),
+        of::<Handshake, OriginalDst>("ORIGINAL_DST"),
+        of::<i32, OriginalDst>("ACCEPTED"),
+        of::<i32, AppSocket>("SOCKS"),
         of::<Flow, u64>("LAST_HOPS"),
         of::<Flow, u64>("PLAINTEXT"),
         of::<ServiceKey, Service>("SERVICES"),
@@ -151,7 +157,7 @@ fn require_sizes(pins: &Pins) -> Result<(), DatapathError> {
         of::<u32, PolicySet>("POLICY_SETS"),
         of::<IdentityKey, Mask>("POLICY_IDENTITIES"),
         of::<PortKey, Mask>("POLICY_PORTS"),
-        of::<Key<SourceKey>, Mask>("POLICY_SOURCES"),
+        of::<SourceKey, SourceMatch>("POLICY_SOURCES"),
         of::<u32, Block>("POLICY_BLOCKS"),
         of::<u32, u64>("COUNTERS"),
     ];

@@ -38,9 +38,9 @@ impl Datapath {
         self.unguard(cookie)?;
         remove_link(&self.pins.pod(cookie))?;
         self.pods.remove(&cookie)?;
-        for flow in self.original_destinations.keys()? {
-            if flow.netns == cookie {
-                self.original_destinations.remove(&flow)?;
+        for handshake in self.original_destinations.keys()? {
+            if handshake.flow.netns == cookie {
+                self.original_destinations.remove(&handshake)?;
             }
         }
         for flow in self.last_hops.keys()? {

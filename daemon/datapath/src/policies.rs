@@ -7,25 +7,19 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    os::fd::{AsFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use aya::maps::{
-    Map, MapData,
-    lpm_trie::{Key, LpmTrie},
-};
-use ringfence_bpf_common::{Block, IdentityKey, Mask, PolicySet, PortKey, SourceKey};
-use ringfence_policies::{CompiledSet, Layout, SourcePrefix, TermMask};
+use aya::maps::Map;
+use ringfence_bpf_common::{Block, IdentityKey, Mask, PolicySet, PortKey, SourceKey, SourceMatch};
+use ringfence_policies::{CompiledSet, Layout, TermMask, runs_of};
 
 use crate::{
     Datapath, DatapathError,
     blocks::{Blocks, Run, Staged},
     sys,
-    table::{
-        Elements, MOST_KEYS, Table, descriptor, is_missing, put_all, remove_all, room, table_error,
-    },
+    table::{Elements, Table, room},
 };
 
 impl Datapath {
@@ -92,6 +86,7 @@ pub struct PolicyUsage {
     pub sets: usize,
     pub identities: usize,
     pub ports: usize,
+    /// Source prefixes, and the markers that lead to them.
     pub sources: usize,
     /// Elements of `POLICY_BLOCKS`, 32 bytes each.
     pub blocks: u32,
@@ -107,7 +102,7 @@ pub(crate) struct Policies {
     sets: Table<u32, PolicySet>,
     identities: Table<IdentityKey, Mask>,
     ports: Table<PortKey, Mask>,
-    sources: Sources,
+    sources: Table<SourceKey, SourceMatch>,
     blocks: Elements<Block>,
     room: PolicyUsage,
     known: Mutex<Known>,
@@ -125,7 +120,7 @@ struct Known {
 struct Entries {
     identities: HashSet<u32>,
     ports: Vec<u16>,
-    sources: Vec<SourcePrefix>,
+    sources: Vec<SourceKey>,
     runs: HashSet<Run>,
     /// Masks that are written already.
     layout: Layout,
@@ -158,7 +153,7 @@ impl Policies {
             sets: Table::new("POLICY_SETS", sets)?,
             identities: Table::new("POLICY_IDENTITIES", identities)?,
             ports: Table::new("POLICY_PORTS", ports)?,
-            sources: Sources::new(sources)?,
+            sources: Table::new("POLICY_SOURCES", sources)?,
             blocks,
             room,
             known: Mutex::new(known),
@@ -172,27 +167,28 @@ impl Policies {
         for (key, mask) in self.identities.entries()? {
             let entries = found.entry(key.set).or_default();
             entries.identities.insert(key.identity);
-            entries.runs.extend(run_of(&mask));
+            entries.runs.extend(runs(&mask));
         }
         for (key, mask) in self.ports.entries()? {
             let entries = found.entry(key.set).or_default();
             entries.ports.push(key.port);
-            entries.runs.extend(run_of(&mask));
+            entries.runs.extend(runs(&mask));
         }
-        for (set, prefix, mask) in self.sources.entries()? {
-            let entries = found.entry(set).or_default();
-            entries.sources.push(prefix);
-            entries.runs.extend(run_of(&mask));
+        for (key, answer) in self.sources.entries()? {
+            let entries = found.entry(key.set).or_default();
+            entries.sources.push(key);
+            entries.runs.extend(runs(&answer.mask));
         }
         for (id, set) in self.sets.entries()? {
             let mut entries = found.remove(&id).unwrap_or_default();
             let masks = [
-                set.other_sources,
+                set.sources4.mask,
+                set.sources6.mask,
                 set.other_ports,
                 set.destination4,
                 set.destination6,
             ];
-            entries.runs.extend(masks.iter().filter_map(run_of));
+            entries.runs.extend(masks.iter().flat_map(runs));
             // Nothing else owns these: a set's masks are its own.
             entries.runs.retain(|run| known.blocks.take_at(*run));
             known.sets.insert(id, entries);
@@ -261,10 +257,10 @@ impl Policies {
             values,
             ..
         } = staged;
-        let entries = Entries {
+        let mut entries = Entries {
             identities: identities.iter().map(|(identity, _)| *identity).collect(),
             ports: compiled.ports.iter().map(|(port, _)| *port).collect(),
-            sources: compiled.sources.iter().map(|(prefix, _)| *prefix).collect(),
+            sources: Vec::new(),
             runs: runs.into_iter().collect(),
             layout,
         };
@@ -272,6 +268,11 @@ impl Policies {
             known.give_back(&entries);
             return Ok(None);
         };
+        let sources = laid_out.sources.into_iter();
+        let (source_keys, answers): (Vec<_>, Vec<_>) = sources
+            .map(|(prefix, answer)| (prefix.key(id), answer))
+            .unzip();
+        entries.sources = source_keys;
         // The set itself last: an id without one denies.
         let write = || {
             self.blocks.put_all(&indices, &values)?;
@@ -280,7 +281,7 @@ impl Policies {
             let ports = laid_out.ports.into_iter();
             let (keys, masks): (Vec<_>, Vec<_>) = ports.map(|(p, m)| (port_key(id, p), m)).unzip();
             self.ports.put_all(&keys, &masks)?;
-            self.sources.put_all(id, &laid_out.sources)?;
+            self.sources.put_all(&entries.sources, &answers)?;
             self.sets.put(&id, &laid_out.set)
         };
         let written = write();
@@ -382,7 +383,7 @@ impl Policies {
             .remove_all(&identities.collect::<Vec<_>>())?;
         let ports = entries.ports.iter().map(|port| port_key(id, *port));
         self.ports.remove_all(&ports.collect::<Vec<_>>())?;
-        self.sources.remove_all(id, &entries.sources)
+        self.sources.remove_all(&entries.sources)
     }
 
     fn usage(&self) -> PolicyUsage {
@@ -410,87 +411,10 @@ impl Known {
     }
 }
 
-fn run_of(mask: &Mask) -> Option<Run> {
-    let run = Run {
-        first: mask.first,
-        length: mask.blocks().count_ones(),
-    };
-    (run.length > 0).then_some(run)
+fn runs(mask: &Mask) -> impl Iterator<Item = Run> {
+    runs_of(mask).map(|(first, length)| Run { first, length })
 }
 
 fn port_key(set: u32, port: u16) -> PortKey {
     PortKey { set, port, pad: 0 }
-}
-
-/// `POLICY_SOURCES`.
-#[derive(Debug)]
-struct Sources {
-    fd: OwnedFd,
-    trie: Mutex<LpmTrie<MapData, SourceKey, Mask>>,
-}
-
-impl Sources {
-    const NAME: &str = "POLICY_SOURCES";
-
-    fn new(map: Map) -> Result<Self, DatapathError> {
-        Ok(Sources {
-            fd: descriptor(Self::NAME, &map)?,
-            trie: Mutex::new(
-                LpmTrie::try_from(map).map_err(|e| table_error("open", Self::NAME, e))?,
-            ),
-        })
-    }
-
-    fn put_all(&self, set: u32, entries: &[(SourcePrefix, Mask)]) -> Result<(), DatapathError> {
-        let entries = entries
-            .iter()
-            .map(|(prefix, m)| (trie_key(set, prefix), *m));
-        let (keys, masks): (Vec<_>, Vec<_>) = entries.unzip();
-        put_all(Self::NAME, self.fd.as_fd(), &keys, &masks, |key, mask| {
-            self.trie()
-                .insert(key, mask, 0)
-                .map_err(|e| table_error("write to", Self::NAME, e))
-        })
-    }
-
-    fn remove_all(&self, set: u32, prefixes: &[SourcePrefix]) -> Result<(), DatapathError> {
-        let keys: Vec<_> = prefixes.iter().map(|p| trie_key(set, p)).collect();
-        remove_all(self.fd.as_fd(), &keys, |key| {
-            match self.trie().remove(key) {
-                Err(error) if !is_missing(&error) => {
-                    Err(table_error("remove from", Self::NAME, error))
-                }
-                _ => Ok(()),
-            }
-        })
-    }
-
-    /// All entries, by set.
-    fn entries(&self) -> Result<Vec<(u32, SourcePrefix, Mask)>, DatapathError> {
-        let read = |e| table_error("list", Self::NAME, e);
-        let trie = self.trie();
-        let mut entries = Vec::new();
-        for key in trie.keys().take(MOST_KEYS) {
-            let key = key.map_err(read)?;
-            // An exact entry: the longest prefix of its own address that is no longer.
-            let mask = trie.get(&key, 0).map_err(read)?;
-            let data = key.data();
-            let length = key.prefix_len().saturating_sub(u32::BITS);
-            let prefix = SourcePrefix {
-                addr: data.addr,
-                length: u8::try_from(length).unwrap_or(128),
-            };
-            entries.push((u32::from_be_bytes(data.set), prefix, mask));
-        }
-        Ok(entries)
-    }
-
-    fn trie(&self) -> MutexGuard<'_, LpmTrie<MapData, SourceKey, Mask>> {
-        self.trie.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn trie_key(set: u32, prefix: &SourcePrefix) -> Key<SourceKey> {
-    let (length, data) = prefix.key(set);
-    Key::new(length, data)
 }

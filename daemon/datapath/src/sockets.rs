@@ -1,8 +1,9 @@
 //! The agent's own sockets, and the connections that were redirected to it.
 
-use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
 
-use ringfence_bpf_common::{Addr, AgentSocket, Endpoint, Flow, OriginalDst};
+use aya::maps::MapError;
+use ringfence_bpf_common::{AgentSocket, Flow, OriginalDst};
 
 use crate::{Datapath, DatapathError};
 
@@ -22,35 +23,18 @@ impl Datapath {
         })
     }
 
-    /// Takes the record of a redirected connection: where the application wanted to go
-    /// and which workload was chosen for it. `source` and `listener` are the two ends as
-    /// the agent sees them at accept (use the address that `accept` returned:
-    /// `getpeername` fails once the peer has reset the connection).
+    /// Where the connection of an accepted socket was going before it was redirected: what
+    /// the application asked for and which workload was chosen for it. The kernel keeps it
+    /// with the socket, so it is there until the socket is closed, also for another agent.
     ///
-    /// `None`: nobody redirected this connection, or nobody can say any more which of two
-    /// it was. It must be reset.
-    pub fn take_original_destination(
-        &self,
-        netns: u64,
-        source: SocketAddr,
-        listener: SocketAddr,
-    ) -> Option<OriginalDst> {
-        let flow = Flow {
-            netns,
-            source: endpoint(source),
-            listener: endpoint(listener),
-        };
-        let taken = self.original_destinations.get(&flow).and_then(|record| {
-            if record.is_some() {
-                self.original_destinations.remove(&flow)?;
-            }
-            Ok(record)
-        });
-        match taken {
-            // Cookie 0: two connections claimed the record.
-            Ok(record) => record.filter(|record| record.cookie != 0),
+    /// `None`: nobody redirected this connection, or the kernel had no room to note that
+    /// (counted as `no_room`). It must be reset.
+    pub fn original_destination(&self, accepted: BorrowedFd<'_>) -> Option<OriginalDst> {
+        match self.accepted.get(&accepted, 0) {
+            Ok(record) => Some(record),
+            Err(MapError::KeyNotFound) => None,
             Err(error) => {
-                tracing::warn!(%error, %source, "the original destination cannot be read");
+                tracing::warn!(%error, "the original destination cannot be read");
                 None
             }
         }
@@ -77,8 +61,4 @@ impl Drop for RegisteredSocket<'_> {
             tracing::warn!(%error, "an agent socket stays registered");
         }
     }
-}
-
-fn endpoint(addr: SocketAddr) -> Endpoint {
-    Endpoint::new(Addr::from(addr.ip()), addr.port())
 }

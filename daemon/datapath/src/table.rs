@@ -152,7 +152,7 @@ pub(crate) const MOST_KEYS: usize = 1 << 21;
 /// A descriptor of its own for what aya has no method for.
 pub(crate) fn descriptor(name: &'static str, map: &Map) -> Result<OwnedFd, DatapathError> {
     match map {
-        Map::HashMap(data) | Map::Array(data) | Map::LpmTrie(data) => data
+        Map::HashMap(data) | Map::Array(data) => data
             .fd()
             .as_fd()
             .try_clone_to_owned()
@@ -164,7 +164,7 @@ pub(crate) fn descriptor(name: &'static str, map: &Map) -> Result<OwnedFd, Datap
 /// How many entries the table holds at most.
 pub(crate) fn room(name: &'static str, map: &Map) -> Result<usize, DatapathError> {
     match map {
-        Map::HashMap(data) | Map::Array(data) | Map::LpmTrie(data) => data
+        Map::HashMap(data) | Map::Array(data) => data
             .info()
             .map(|info| info.max_entries() as usize)
             .map_err(|e| table_error("inspect", name, e)),
@@ -186,7 +186,6 @@ pub(crate) fn put_all<K: Pod, V: Pod>(
             Err(error) if is_full(error.raw_os_error()) => {
                 return Err(DatapathError::Full { table: name });
             }
-            // Tries have no batches on every kernel.
             Err(error) => tracing::trace!(%error, table = name, "no batch"),
         }
     }

@@ -14,7 +14,7 @@ fn redirected(lab: &Lab, listener: IpAddr, asked: SocketAddr, backend: SocketAdd
     let agent = lab.agent(listener);
     let before = lab.counter("redirected");
     let app = lab.pod.connect(asked).unwrap();
-    let (stream, source) = agent.accept().unwrap();
+    let (stream, _) = agent.accept().unwrap();
     assert_eq!(
         app.peer_addr().unwrap(),
         asked,
@@ -30,20 +30,13 @@ fn redirected(lab: &Lab, listener: IpAddr, asked: SocketAddr, backend: SocketAdd
         own,
         "getsockname is the pod's"
     );
-    let local = stream.local_addr().unwrap();
-    let record = lab
-        .datapath
-        .take_original_destination(lab.cookie, source, local)
-        .unwrap();
+    let record = lab.original(&stream).unwrap();
     assert_eq!(record.asked, endpoint(asked.ip(), asked.port()));
     assert_eq!(record.backend, endpoint(backend.ip(), backend.port()));
     let cookie = ringfence_datapath::socket_cookie(std::os::fd::AsFd::as_fd(&app)).unwrap();
     assert_eq!(record.cookie, cookie);
     assert_eq!(lab.counter("redirected"), before + 1);
-    let again = lab
-        .datapath
-        .take_original_destination(lab.cookie, source, local);
-    assert_eq!(again, None, "a record is taken once");
+    assert_eq!(lab.original(&app), None, "the accepted end alone has it");
 }
 
 #[test]

@@ -158,7 +158,9 @@ fn enrolled_pod_gets_no_multipath_sockets() {
     lab.pod
         .run(|| old.connect(&at(MESH4, 8080).into()))
         .unwrap();
-    agent.accept().unwrap();
+    let (stream, _) = agent.accept().unwrap();
+    let record = lab.original(&stream).unwrap();
+    assert_eq!(record.asked, endpoint(MESH4, 8080));
     assert!(server.accept().is_err(), "nothing arrived");
     assert_eq!(lab.counter("redirected"), 1);
     // Whoever is not enrolled gets what it asks for.

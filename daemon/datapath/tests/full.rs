@@ -12,7 +12,8 @@ use std::{
 use aya::maps::{HashMap, Map, MapData, MapError};
 use nix::sys::socket::{setsockopt, sockopt};
 use ringfence_bpf_common::{
-    AGENT_LAST_HOP, Addr, AgentSocket, Endpoint, Flow, LAYOUT_VERSION, OriginalDst, SET_STRICT,
+    AGENT_LAST_HOP, Addr, AgentSocket, Endpoint, Flow, Handshake, LAYOUT_VERSION, OriginalDst,
+    SET_STRICT,
 };
 use ringfence_datapath::socket_cookie;
 use socket2::Domain;
@@ -22,18 +23,18 @@ const ALICE: u32 = 1;
 const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 1, 2, 3));
 
 /// Fills a pinned table with entries that concern nobody.
-fn fill<V: aya::Pod>(lab: &Lab, table: &str, value: V) {
+fn fill<K: aya::Pod, V: aya::Pod>(lab: &Lab, table: &str, key: impl Fn(Flow) -> K, value: V) {
     let pin = lab.pin_dir().join(format!("v{LAYOUT_VERSION}")).join(table);
     let map = MapData::from_pin(pin).unwrap();
     let map = Map::from_map_data(map).unwrap();
-    let mut map = HashMap::<_, Flow, V>::try_from(map).unwrap();
+    let mut map = HashMap::<_, K, V>::try_from(map).unwrap();
     for number in 0.. {
         let flow = Flow {
             netns: number,
             source: Endpoint::new(Addr::NONE, 0),
             listener: Endpoint::new(Addr::NONE, 0),
         };
-        match map.insert(flow, value, 0) {
+        match map.insert(key(flow), value, 0) {
             Ok(()) => {}
             Err(MapError::SyscallError(error))
                 if error.io_error.raw_os_error() == Some(libc::E2BIG) =>
@@ -72,7 +73,7 @@ fn last_hop_that_cannot_be_recorded_is_refused_under_strict() {
     lab.route_last_hops();
     let _server = lab.pod.listen(at(POD4, 8080));
     last_hop(&lab).unwrap();
-    fill(&lab, "LAST_HOPS", 1u64);
+    fill(&lab, "LAST_HOPS", |flow| flow, 1u64);
     assert_eq!(errno(last_hop(&lab)), libc::ECONNREFUSED);
     assert_eq!(lab.counter("no_room"), 1);
 }
@@ -88,12 +89,15 @@ fn redirected_connection_that_cannot_be_recorded_has_no_destination() {
     plain.set_nonblocking(true).unwrap();
     let taken = || {
         let _app = lab.pod.connect(at(MESH4, 8080)).unwrap();
-        let (_, source) = agent.accept().unwrap();
-        lab.datapath
-            .take_original_destination(lab.cookie, source, at(POD4, OUTBOUND))
+        let (stream, _) = agent.accept().unwrap();
+        lab.original(&stream)
     };
     assert!(taken().is_some());
-    fill(&lab, "ORIGINAL_DST", OriginalDst::default());
+    let handshake = |flow| Handshake {
+        flow,
+        ..Handshake::default()
+    };
+    fill(&lab, "ORIGINAL_DST", handshake, OriginalDst::default());
     assert_eq!(taken(), None);
     assert_eq!(lab.counter("no_room"), 1);
     assert!(plain.accept().is_err(), "nothing went out in plaintext");

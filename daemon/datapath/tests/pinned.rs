@@ -3,14 +3,14 @@
 
 mod support;
 
-use std::{fs, path::Path};
+use std::{fs, net::IpAddr, path::Path};
 
 use ringfence_bpf_common::{
     Addr, Backend, IDENTITY_NONE, LAYOUT_VERSION, Query, Reason, SET_HAS_ALLOW, SET_STRICT,
     WORKLOAD_MESH,
 };
 use ringfence_datapath::{Datapath, DatapathError, Options, PolicyUsage};
-use ringfence_policies::{CompiledSet, TermMask};
+use ringfence_policies::{CompiledSet, SourcePrefix, TermMask};
 use support::*;
 
 #[test]
@@ -33,10 +33,8 @@ fn restarted_agent_takes_over_what_is_pinned() {
         lab.restart();
         lab.enrol();
     }
-    let (_, source) = agent.accept().unwrap();
-    let record = lab
-        .datapath
-        .take_original_destination(lab.cookie, source, at(POD4, OUTBOUND));
+    let (stream, _) = agent.accept().unwrap();
+    let record = lab.original(&stream);
     assert_eq!(
         record.unwrap().asked,
         endpoint(MESH4, 80),
@@ -59,10 +57,8 @@ fn restarted_agent_takes_over_what_is_pinned() {
 
     // One program decides, not two in a row.
     let app = lab.pod.connect(at(MESH4, 80)).unwrap();
-    let (_, source) = agent.accept().unwrap();
-    let record = lab
-        .datapath
-        .take_original_destination(lab.cookie, source, at(POD4, OUTBOUND));
+    let (stream, _) = agent.accept().unwrap();
+    let record = lab.original(&stream);
     assert_eq!(record.unwrap().asked, endpoint(MESH4, 80));
     drop(app);
     lab.pod.connect(at(VIP4, 80)).unwrap();
@@ -249,25 +245,37 @@ fn restarted_agent_knows_which_blocks_are_in_use() {
     }
     let mut lab = Lab::new();
     let bare = usage(&lab);
-    let bound = [(IDENTITY_NONE, terms(&[3])), (9, terms(&[4, 300]))];
-    lab.datapath
-        .install_set(50, &of_blocks(40, 2), &bound)
-        .unwrap();
-    lab.datapath
-        .bind_identity(50, 10, &terms(&[5, 700]))
-        .unwrap();
+    // Three of these share most of their blocks.
+    let wide = |own: u16| terms(&[own, 300, 600, 900, 1200]);
+    let bound = [
+        (IDENTITY_NONE, terms(&[3])),
+        (9, terms(&[4, 300])),
+        (11, wide(5)),
+        (12, wide(6)),
+    ];
+    let mut set = of_blocks(40, 2);
+    // Two prefixes and a marker.
+    set.sources = [("fd01::", 16), ("fd02::", 17), ("fd03::", 32)]
+        .map(|(addr, length)| {
+            let addr = addr.parse::<IpAddr>().unwrap().into();
+            (SourcePrefix { addr, length }, terms(&[u16::from(length)]))
+        })
+        .into();
+    lab.datapath.install_set(50, &set, &bound).unwrap();
+    lab.datapath.bind_identity(50, 10, &wide(7)).unwrap();
     let before = usage(&lab);
+    assert_eq!(before.sources, bare.sources + 4);
     let verdict = asks(&lab, 50, IDENTITY_NONE, 4);
     assert_eq!(verdict, (Reason::Allowed, 3));
 
     lab.restart();
     assert_eq!(usage(&lab), before);
+    assert_eq!(asks(&lab, 50, 12, 7), (Reason::Allowed, 6));
     // What is installed now overwrites nothing of it.
     let other = [(IDENTITY_NONE, terms(&[0]))];
-    lab.datapath
-        .install_set(51, &of_blocks(40, 2), &other)
-        .unwrap();
+    lab.datapath.install_set(51, &set, &other).unwrap();
     assert_eq!(asks(&lab, 50, IDENTITY_NONE, 4), verdict);
+    assert_eq!(asks(&lab, 50, 12, 7), (Reason::Allowed, 6));
     for (set, expected) in [(51, before), (50, bare)] {
         lab.datapath.remove_set(set).unwrap();
         lab.restart();

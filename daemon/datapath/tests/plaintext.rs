@@ -293,9 +293,13 @@ fn connect_that_is_under_way_at_enrolment_comes_to_nothing() {
         };
         lab.datapath.put_workload(silent.into(), mesh).unwrap();
         lab.enrol();
-        lab.wire.ip("addr add 10.77.0.88/24 dev eth0");
-        let server = lab.wire.listen(at(silent, 8080));
+        // Before the address is there: a SYN that found nobody would be answered by a reset.
+        let server = lab.wire.socket(Domain::IPV4);
+        server.set_freebind_v4(true).unwrap();
+        server.bind(&at(silent, 8080).into()).unwrap();
+        server.listen(1).unwrap();
         server.set_nonblocking(true).unwrap();
+        lab.wire.ip("addr add 10.77.0.88/24 dev eth0");
         if guarded {
             eventually("the SYN that is sent again is dropped", || {
                 lab.counter("guard_plaintext_to_mesh") > 0

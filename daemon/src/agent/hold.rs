@@ -31,7 +31,7 @@ impl Hold {
         (until > now).then_some(until)
     }
 
-    /// What was decided by [`Hold::note`] is in force from here on.
+    /// What was decided by [`Hold::note`] holds from here on.
     pub fn set(&self, until: Option<Instant>) {
         self.until.send_replace(until);
     }

@@ -6,7 +6,7 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 
 use super::policy_metrics::PolicyMetrics;
 
@@ -46,11 +46,7 @@ pub struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         let mut registry = Registry::with_prefix("ringfence");
-        let mut counter = |name: &str, help: &str| {
-            let counter = Counter::default();
-            registry.register(name, help, counter.clone());
-            counter
-        };
+        let mut counter = |name, help| registered(&mut registry, name, help, Counter::default());
         let outbound_accepted = counter(
             "outbound_accepted",
             "Connections taken over from enrolled pods",
@@ -61,14 +57,13 @@ impl Default for Metrics {
         let tunnels_reused = counter("tunnels_reused", "Streams that needed no handshake");
         let rejected_resources =
             counter("rejected_resources", "xDS resources refused as malformed");
-        let svid_seconds_left = Family::default();
-        let help = "Seconds that the certificate of an identity is still valid";
-        registry.register("svid_seconds_left", help, svid_seconds_left.clone());
-        let mut family = |name: &str, help: &str| {
-            let family = Reasons::default();
-            registry.register(name, help, family.clone());
-            family
-        };
+        let svid_seconds_left = registered(
+            &mut registry,
+            "svid_seconds_left",
+            "Seconds that the certificate of an identity is still valid",
+            Family::default(),
+        );
+        let mut family = |name, help| registered(&mut registry, name, help, Reasons::default());
         let streams = family("streams", "Streams opened, by direction");
         let stream_ends = family("stream_ends", "Streams ended, by how they ended");
         let refused = family(
@@ -166,6 +161,17 @@ impl Metrics {
             })
             .collect()
     }
+}
+
+/// A metric whose text is the registry's from now on, and whose value is its owner's.
+pub(super) fn registered<M: Metric + Clone>(
+    registry: &mut Registry,
+    name: &str,
+    help: &str,
+    metric: M,
+) -> M {
+    registry.register(name, help, metric.clone());
+    metric
 }
 
 /// How the names of policy's own metrics begin.

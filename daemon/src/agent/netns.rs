@@ -101,6 +101,9 @@ impl Netns {
             socket.set_reuse_address(true)?;
             socket.bind(&SockAddr::from(SocketAddr::from((any, port))))?;
             socket.listen(4096)?;
+            // What a SYN carries comes before its sender has shown that it is there, and
+            // before the kernel has noted where the connection was going.
+            sys::set_no_fast_open(&socket)?;
             Ok(socket)
         })??;
         tokio::net::TcpListener::from_std(socket.into())
@@ -238,5 +241,61 @@ impl Drop for Return<'_> {
             tracing::error!(%error, "cannot leave a pod's network namespace: the agent ends");
             std::process::abort();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use nix::sched::unshare;
+    use std::os::fd::AsRawFd;
+    use std::process::Command;
+
+    /// Connections that were accepted with their SYN so far.
+    fn fast_opened() -> u64 {
+        let text = std::fs::read_to_string("/proc/thread-self/net/netstat").unwrap();
+        let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
+        let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+        let mut names = names.split(' ');
+        let at = names.position(|name| name == "TCPFastOpenPassive");
+        values.split(' ').nth(at.unwrap()).unwrap().parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn listener_takes_no_data_in_a_syn_though_the_pod_has_all_listeners_do_so() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: needs root (network namespaces)");
+            return;
+        }
+        const MSG_FASTOPEN: i32 = 0x2000_0000;
+        let file = std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            let up = Command::new("ip")
+                .args(["link", "set", "lo", "up"])
+                .status();
+            assert!(up.unwrap().success());
+            // Both ends, without a cookie, without an option of the listener's.
+            std::fs::write("/proc/sys/net/ipv4/tcp_fastopen", "1543").unwrap();
+            File::open("/proc/thread-self/ns/net").unwrap()
+        })
+        .join()
+        .unwrap();
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let netns = Netns::open(Path::new(&path)).unwrap();
+        let any = IpAddr::from([127, 0, 0, 1]);
+        let send = |to: SocketAddr| {
+            let socket = netns.dial_socket(any).unwrap();
+            socket.set_nonblocking(false).unwrap();
+            let sent = socket.send_to_with_flags(b"early", &to.into(), MSG_FASTOPEN);
+            assert_eq!(sent.unwrap(), 5);
+            netns.enter(fast_opened).unwrap()
+        };
+        let ours = netns.listen(any, 15_001).unwrap();
+        assert_eq!(send(ours.local_addr().unwrap()), 0);
+        let ordinary = netns
+            .enter(|| std::net::TcpListener::bind((any, 0)))
+            .unwrap();
+        assert_eq!(send(ordinary.unwrap().local_addr().unwrap()), 1, "the twin");
     }
 }

@@ -3,11 +3,11 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use ktls_offload::{Open, Tunnel};
-use ringfence_bpf_common::OriginalDst;
 use ringfence_identity::{ExpectedPeer, NoSvid, PeerVerifier, SpiffeId, tls};
 use tokio::net::TcpStream;
 
@@ -92,13 +92,9 @@ async fn carry(
     stream: &TcpStream,
     source: SocketAddr,
 ) -> Result<(Tunnel, Key, Open), Refusal> {
-    let listener = stream
-        .local_addr()
-        .map(canonical)
-        .map_err(|_| Refusal::NoOriginalDestination)?;
-    let original: OriginalDst = agent
+    let original = agent
         .datapath
-        .take_original_destination(pod.netns.cookie(), source, listener)
+        .original_destination(stream.as_fd())
         .ok_or(Refusal::NoOriginalDestination)?;
     if let Some(reason) = pod.held() {
         return Err(Refusal::Held(reason));

@@ -74,6 +74,21 @@ struct State {
 }
 
 impl Pod {
+    /// Nothing is known of it yet.
+    pub fn new(config: PodConfig, netns: Netns, guard: Guard) -> Self {
+        Pod {
+            config,
+            netns,
+            policy: PodPolicy::default(),
+            guard,
+            hold: Hold::default(),
+            state: RwLock::new(State {
+                held: Some("waiting-for-control-plane".into()),
+                ..State::default()
+            }),
+        }
+    }
+
     /// Whether the policies in force admit a connection that is there already.
     pub fn still_admits(&self, agent: &Agent, connection: &Judged) -> bool {
         let waiting = self.hold.until().is_some();
@@ -171,7 +186,8 @@ impl Pods {
         pods
     }
 
-    fn insert(&self, pod: Arc<Pod>) {
+    /// Adds an enrolled pod.
+    pub fn insert(&self, pod: Arc<Pod>) {
         self.enrolled
             .write()
             .unwrap_or_else(PoisonError::into_inner)
@@ -228,17 +244,7 @@ pub async fn enrol(
         }
     }
 
-    let pod = Arc::new(Pod {
-        config: config.clone(),
-        policy: PodPolicy::default(),
-        guard,
-        hold: Hold::default(),
-        state: RwLock::new(State {
-            held: Some("waiting-for-control-plane".into()),
-            ..State::default()
-        }),
-        netns,
-    });
+    let pod = Arc::new(Pod::new(config.clone(), netns, guard));
     agent.pods.insert(pod.clone());
     // What it had before.
     plaintext::rejudge(agent, std::slice::from_ref(&pod));
@@ -423,16 +429,18 @@ fn put_policies(
         (None, None) => {}
     }
     let number = set.as_ref().map(|set| set.number());
-    let replaced = match pod.policy.replace(set.clone(), activate) {
+    let replaced = pod.policy.replace(set.clone(), activate);
+    // What was waited for in vain closes the pod: for live connections from now on.
+    let gave_up = pod.hold.until().is_some() && until.is_none() && missing;
+    // Whatever the kernel said: who waits until a time that has passed never sleeps again.
+    pod.hold.set(until);
+    let replaced = match replaced {
         Ok(replaced) => replaced,
         Err(error) => {
             release(agent, set)?;
             return Err(error);
         }
     };
-    // What was waited for in vain closes the pod: for live connections from now on.
-    let gave_up = pod.hold.until().is_some() && until.is_none() && missing;
-    pod.hold.set(until);
     let changed = gave_up || replaced.as_ref().map(|set| set.number()) != number;
     release(agent, replaced)?;
     match failed {

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use prometheus_client::metrics::histogram::Histogram;
 use ringfence_bpf_common::{
@@ -16,6 +16,7 @@ use ringfence_identity::{SpiffeId, TrustDomainAliases};
 use ringfence_policies::{
     CompiledSet, Peer, PeerError, Problem, Tables, WorkloadAddresses, WorkloadPolicies, compile,
 };
+use tokio::time::Instant;
 
 /// Numbers for identities, as the kernel knows them. A number is never given twice.
 #[derive(Debug, Default)]
@@ -66,6 +67,8 @@ pub struct Sets {
     /// The last that were removed: a verdict of theirs may still be on its way to the log.
     removed: Mutex<VecDeque<Arc<InstalledSet>>>,
     compile_seconds: Histogram,
+    /// See [`InstalledSet::enough_bound`].
+    enough_bound: usize,
 }
 
 /// Removed sets that are remembered.
@@ -88,6 +91,7 @@ impl Sets {
             shared: Mutex::default(),
             removed: Mutex::default(),
             compile_seconds,
+            enough_bound: ENOUGH_BOUND,
         }
     }
 
@@ -119,6 +123,7 @@ impl Sets {
             policies,
             compiled,
             bound: Mutex::default(),
+            enough_bound: self.enough_bound,
             mirror: Mutex::default(),
         });
         shared.push(Shared {
@@ -170,8 +175,8 @@ impl Sets {
     }
 }
 
-/// Identities that one set has in the kernel at most; idle ones make room.
-const MOST_BOUND: usize = 1 << 17;
+/// A set that has so many identities in the kernel takes back idle ones for each new one.
+const ENOUGH_BOUND: usize = 1 << 17;
 /// An identity that was not used for so long can be taken back: whoever prepared it has
 /// long connected.
 const IDLE: Duration = Duration::from_secs(60);
@@ -185,6 +190,8 @@ pub struct InstalledSet {
     compiled: CompiledSet,
     /// Identities that are prepared, and when they were last used.
     bound: Mutex<HashMap<u32, Instant>>,
+    /// With so many of them, idle ones make room. No limit: the kernel's table is.
+    enough_bound: usize,
     /// The kernel's tables in memory, made when a live stream is first judged by them. A
     /// policy that is missing does not close them: that is decided before they are asked.
     mirror: Mutex<Option<Tables>>,
@@ -224,7 +231,7 @@ impl InstalledSet {
             *used = now;
             return Ok(());
         }
-        if bound.len() >= MOST_BOUND {
+        if bound.len() >= self.enough_bound {
             self.evict(&mut bound, now, datapath)?;
         }
         let mask = self.compiled.identity_mask(Some(peer));

@@ -12,6 +12,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
+use super::metrics::registered;
 use crate::authz::report::{Decision, Usage};
 
 /// Series of verdicts at most; what comes later counts under `(other)`.
@@ -50,66 +51,66 @@ pub struct PolicyMetrics {
 
 impl PolicyMetrics {
     pub fn register(registry: &mut Registry) -> Self {
-        let metrics = PolicyMetrics {
-            verdicts: Family::default(),
-            dry_run: Family::default(),
+        let time = |first, factor, count| Histogram::new(exponential_buckets(first, factor, count));
+        PolicyMetrics {
+            verdicts: registered(
+                registry,
+                "verdicts",
+                "Connections that the kernel judged, by workload, policy, rule, action and \
+                 reason; without those of ringfence_kernel_total{event=\"events_lost\"}",
+                Family::default(),
+            ),
+            dry_run: registered(
+                registry,
+                "dry_run_verdicts",
+                "What the same connections would have got with the workload's dry-run policies",
+                Family::default(),
+            ),
             series: Mutex::default(),
-            audit_lost: Counter::default(),
-            audit_errors: Counter::default(),
-            entries: Family::default(),
-            limits: Family::default(),
-            kernel: Family::default(),
-            compile_seconds: Histogram::new(exponential_buckets(0.000_1, 4.0, 10)),
-            enforcement_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 14)),
+            audit_lost: registered(
+                registry,
+                "audit_lines_lost",
+                "Audit lines that could not be written",
+                Counter::default(),
+            ),
+            audit_errors: registered(
+                registry,
+                "audit_write_errors",
+                "Writes to the audit log that failed; they are tried again",
+                Counter::default(),
+            ),
+            entries: registered(
+                registry,
+                "policy_table_entries",
+                "Entries of the kernel's policy tables in use",
+                Family::default(),
+            ),
+            limits: registered(
+                registry,
+                "policy_table_limit",
+                "Entries that the kernel's policy tables hold at most",
+                Family::default(),
+            ),
+            kernel: registered(
+                registry,
+                "kernel",
+                "Events that the kernel's programs counted since the tables were made",
+                Family::default(),
+            ),
+            compile_seconds: registered(
+                registry,
+                "policy_compile_seconds",
+                "Time to compile the policies of one set",
+                time(0.000_1, 4.0, 10),
+            ),
+            enforcement_seconds: registered(
+                registry,
+                "policy_enforcement_seconds",
+                "Time from a change of policy reaching the agent to the kernel deciding by it",
+                time(0.001, 2.0, 14),
+            ),
             pushed: Mutex::default(),
-        };
-        registry.register(
-            "verdicts",
-            "Connections that the kernel judged, by workload, policy, rule, action and reason; \
-             without those of ringfence_kernel_total{event=\"events_lost\"}",
-            metrics.verdicts.clone(),
-        );
-        registry.register(
-            "dry_run_verdicts",
-            "What the same connections would have got with the workload's dry-run policies",
-            metrics.dry_run.clone(),
-        );
-        registry.register(
-            "audit_lines_lost",
-            "Audit lines that could not be written",
-            metrics.audit_lost.clone(),
-        );
-        registry.register(
-            "audit_write_errors",
-            "Writes to the audit log that failed; they are tried again",
-            metrics.audit_errors.clone(),
-        );
-        registry.register(
-            "policy_table_entries",
-            "Entries of the kernel's policy tables in use",
-            metrics.entries.clone(),
-        );
-        registry.register(
-            "policy_table_limit",
-            "Entries that the kernel's policy tables hold at most",
-            metrics.limits.clone(),
-        );
-        registry.register(
-            "kernel",
-            "Events that the kernel's programs counted since the tables were made",
-            metrics.kernel.clone(),
-        );
-        registry.register(
-            "policy_compile_seconds",
-            "Time to compile the policies of one set",
-            metrics.compile_seconds.clone(),
-        );
-        registry.register(
-            "policy_enforcement_seconds",
-            "Time from a change of policy reaching the agent to the kernel deciding by it",
-            metrics.enforcement_seconds.clone(),
-        );
-        metrics
+        }
     }
 
     /// The kernel judged a connection of a workload.

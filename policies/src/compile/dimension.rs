@@ -276,11 +276,6 @@ pub fn sources(
 ) -> Result<(TermMask, Vec<(SourcePrefix, TermMask)>), Problem> {
     let other = mask_where(conditions, |c| c.holds(|lists| lists.holds(|_| false)));
     let mut mentions = mentions(conditions);
-    // The trie does not know families: keep a short IPv6 prefix from answering for IPv4.
-    let guard = mentions.iter().any(|(cidr, _)| cidr.shadows_mapped());
-    if guard {
-        mentions.push((Cidr::ALL_V4, None));
-    }
     // A prefix comes before all that it covers, and those come before anything else.
     mentions.sort_unstable();
     mentions.dedup();
@@ -307,7 +302,7 @@ pub fn sources(
         let in_list = |list: &[Cidr]| chain.iter().any(|c| list.binary_search(c).is_ok());
         for condition in of_prefix
             .iter()
-            .filter_map(|(_, number)| conditions.get((*number)?))
+            .filter_map(|(_, number)| conditions.get(*number))
         {
             if condition.holds(|lists| lists.holds(in_list)) {
                 mask.add(&condition.terms);
@@ -315,8 +310,8 @@ pub fn sources(
                 mask.remove(&condition.terms);
             }
         }
-        if mask != *above || (guard && *prefix == Cidr::ALL_V4) {
-            let (addr, length) = prefix.trie_key();
+        if mask != *above {
+            let (addr, length) = prefix.mapped();
             entries.push((SourcePrefix { addr, length }, mask.clone()));
         }
         masks.push(mask);
@@ -338,7 +333,7 @@ pub fn ports(conditions: &[Condition<Ports>]) -> (TermMask, Vec<(u16, TermMask)>
         };
         let mut mask = other.clone();
         let in_list = |list: &[u16]| list.binary_search(port).is_ok();
-        for condition in of_port.iter().filter_map(|(_, n)| conditions.get((*n)?)) {
+        for condition in of_port.iter().filter_map(|(_, n)| conditions.get(*n)) {
             if condition.holds(|lists| lists.holds(in_list)) {
                 mask.add(&condition.terms);
             } else {
@@ -353,12 +348,10 @@ pub fn ports(conditions: &[Condition<Ports>]) -> (TermMask, Vec<(u16, TermMask)>
 }
 
 /// Each value with each condition that mentions it, in no order.
-fn mentions<T: Ord + Copy>(conditions: &[Condition<Lists<T>>]) -> Vec<(T, Option<usize>)> {
+fn mentions<T: Ord + Copy>(conditions: &[Condition<Lists<T>>]) -> Vec<(T, usize)> {
     let of = |(number, condition): (usize, &Condition<Lists<T>>)| {
         let values = condition.elements().flat_map(Lists::values).copied();
-        values
-            .map(|value| (value, Some(number)))
-            .collect::<Vec<_>>()
+        values.map(|value| (value, number)).collect::<Vec<_>>()
     };
     conditions.iter().enumerate().flat_map(of).collect()
 }

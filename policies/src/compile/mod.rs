@@ -9,19 +9,21 @@
 mod dimension;
 mod identities;
 mod problem;
+mod search;
 mod terms;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ringfence_bpf_common::{
-    Addr, MAX_TERMS, Mask, PolicySet, Reason, SET_HAS_ALLOW, SET_HAS_PORTS, SET_HAS_SOURCES,
-    SET_POLICY_NOT_RECEIVED, SET_STRICT, SET_UNREPRESENTABLE, SourceKey, Verdict,
+    Addr, MAX_TERMS, Mask, PolicySet, Reason, SET_HAS_ALLOW, SET_HAS_PORTS,
+    SET_POLICY_NOT_RECEIVED, SET_STRICT, SET_UNREPRESENTABLE, SourceKey, SourceMatch, Verdict,
 };
 
 use self::dimension::{Builder, Destinations, Ports, Sources};
 use self::identities::{Identities, Names};
 pub use self::problem::{MAX_COMPARISONS, MAX_SOURCES, MAX_VALUES, Problem};
+use self::search::{Search, Step};
 use self::terms::Alternative;
 use crate::mask::Interner;
 use crate::{
@@ -44,8 +46,8 @@ pub struct CompiledSet {
     pub destination4: TermMask,
     /// Terms whose destination condition holds for the workload's IPv6 address.
     pub destination6: TermMask,
-    /// The entries of `POLICY_SOURCES`, each prefix once: the mask for the addresses
-    /// whose longest match it is.
+    /// The prefixes that decide, each once: the mask for the addresses whose longest match
+    /// it is.
     pub sources: Vec<(SourcePrefix, TermMask)>,
     /// The entries of `POLICY_PORTS`, each port once.
     pub ports: Vec<(u16, TermMask)>,
@@ -62,8 +64,8 @@ pub struct CompiledSet {
 pub struct MapEntries {
     /// Of `POLICY_SETS`.
     pub set: PolicySet,
-    /// Of `POLICY_SOURCES`, each prefix once.
-    pub sources: Vec<(SourcePrefix, Mask)>,
+    /// Of `POLICY_SOURCES`, each prefix once: those of the set and their markers.
+    pub sources: Vec<(SourcePrefix, SourceMatch)>,
     /// Of `POLICY_PORTS`, each port once.
     pub ports: Vec<(u16, Mask)>,
 }
@@ -84,7 +86,7 @@ pub struct WorkloadAddresses {
     pub v6: Option<Ipv6Addr>,
 }
 
-/// A source prefix as the LPM trie holds it.
+/// A source prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SourcePrefix {
     /// IPv4 is mapped (`::ffff:a.b.c.d`).
@@ -94,14 +96,10 @@ pub struct SourcePrefix {
 }
 
 impl SourcePrefix {
-    /// The trie's key for the set with this id, and its prefix length in bits, which
-    /// counts the 32 bits of the id.
-    pub fn key(&self, set: u32) -> (u32, SourceKey) {
-        let key = SourceKey {
-            set: set.to_be_bytes(),
-            addr: self.addr,
-        };
-        (u32::BITS + u32::from(self.length), key)
+    /// Its key in `POLICY_SOURCES` for the set with this id.
+    pub fn key(&self, set: u32) -> SourceKey {
+        let [upper, lower] = self.addr.halves();
+        SourceKey::new(set, self.length.into(), upper, lower)
     }
 }
 
@@ -145,21 +143,32 @@ impl CompiledSet {
     /// gives the entries of the maps; `None` when the store has no room: then what
     /// `layout` lists was stored and is to be given back.
     pub fn lay_out(&self, layout: &mut Layout, store: &mut impl BlockStore) -> Option<MapEntries> {
-        let has = |entries: bool, flag| if entries { flag } else { 0 };
+        let search = Search::of(&self.sources, &self.other_sources);
+        let mut place = |step: &Step<'_>| {
+            Some(SourceMatch {
+                mask: layout.mask(step.mask, store)?,
+                lengths: step.lengths,
+            })
+        };
+        let (sources4, sources6) = (place(&search.v4)?, place(&search.v6)?);
+        let mut sources = Vec::with_capacity(search.entries.len());
+        for (prefix, step) in &search.entries {
+            sources.push((*prefix, place(step)?));
+        }
+        let has_ports = if self.ports.is_empty() {
+            0
+        } else {
+            SET_HAS_PORTS
+        };
         let set = PolicySet {
-            flags: self.flags
-                | has(!self.sources.is_empty(), SET_HAS_SOURCES)
-                | has(!self.ports.is_empty(), SET_HAS_PORTS),
+            flags: self.flags | has_ports,
             deny_terms: self.deny_terms,
-            other_sources: layout.mask(&self.other_sources, store)?,
+            sources4,
+            sources6,
             other_ports: layout.mask(&self.other_ports, store)?,
             destination4: layout.mask(&self.destination4, store)?,
             destination6: layout.mask(&self.destination6, store)?,
         };
-        let mut sources = Vec::with_capacity(self.sources.len());
-        for (prefix, mask) in &self.sources {
-            sources.push((*prefix, layout.mask(mask, store)?));
-        }
         let mut ports = Vec::with_capacity(self.ports.len());
         for (port, mask) in &self.ports {
             ports.push((*port, layout.mask(mask, store)?));

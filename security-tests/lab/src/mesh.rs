@@ -33,6 +33,8 @@ pub struct Mesh {
     pub services: Vec<Service>,
     pub policies: Vec<Policy>,
     pub peer_authentication: Vec<PeerAuthentication>,
+    /// Files in the form that Kubernetes has.
+    pub manifests: Vec<PathBuf>,
     /// Counts changes; 0 is not written.
     pub revision: u32,
 }
@@ -135,6 +137,7 @@ impl Mesh {
                 app: None,
                 mode: "STRICT".into(),
             }],
+            manifests: Vec::new(),
             revision: 0,
         }
     }
@@ -203,7 +206,8 @@ impl Mesh {
             }
             writeln!(out, "  - {{{fields}, mode: {}}}", entry.mode)?;
         }
-        Ok(())
+        let manifests: Vec<_> = self.manifests.iter().map(|path| path.display()).collect();
+        writeln!(out, "manifests: {}", list(&manifests))
     }
 
     /// A policy of a namespace without workloads, for nothing but its name.

@@ -5,7 +5,9 @@
 //! select cases by name. `RINGFENCE_BIN` names the program under test; without it,
 //! `target/release/ringfence` is.
 
+mod attack_segments;
 mod attack_sockets;
+mod attack_swaps;
 mod attacks;
 mod certificates;
 mod configuration;
@@ -15,6 +17,7 @@ mod handshakes;
 mod identity_sources;
 mod impostor;
 mod key_exchange;
+mod late_policies;
 mod lifecycle;
 mod operators;
 mod policy;
@@ -47,7 +50,10 @@ fn main() -> ExitCode {
         evasions::cases(),
         policy::cases(),
         attacks::cases(),
+        attack_swaps::cases(),
+        attack_segments::cases(),
         attack_sockets::cases(),
+        late_policies::cases(),
         operators::cases(),
         certificates::cases(),
         handshakes::cases(),

@@ -1,14 +1,17 @@
 //! What operators are told about policy: by commands, against what really happens.
 
 use std::io::{ErrorKind, Read, Write};
-use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
-use ringfence_lab::mesh::{Action, Mesh, Policy, Rule, TEST_PORT, principal};
+use ringfence_lab::mesh::{Policy, Rule, TEST_PORT, principal};
 use ringfence_lab::process::wait_until;
 use ringfence_lab::topology::{Family, NAMESPACE};
 use ringfence_security_tests::cases;
+use ringfence_security_tests::edits::{admit_by_address, deny, mode};
 use ringfence_security_tests::harness::{Case, Verdict};
+use ringfence_security_tests::operator::{
+    audited, both_say, complaint, explain, json, manifest, ringfence,
+};
 use ringfence_security_tests::server::Server;
 use ringfence_security_tests::stage::{
     CLIENT_NODE, PATIENCE, SERVER_NODE, Stage, is_answered, is_refused,
@@ -29,66 +32,6 @@ pub fn cases() -> Vec<Case<Stage>> {
 
 /// The policy that admits `client` in a fresh lab.
 const ADMITS: &str = "demo/clients-may-use-web";
-
-fn ringfence(stage: &Stage, node: &str, arguments: &[&str]) -> Result<Output> {
-    Command::new(stage.binary())
-        .args(arguments)
-        .arg("--socket")
-        .arg(stage.lab()?.agent_socket(node))
-        .output()
-        .context("starting ringfence")
-}
-
-/// The JSON of a command that must succeed.
-fn json(stage: &Stage, node: &str, arguments: &[&str]) -> Result<Value> {
-    let output = ringfence(stage, node, &[arguments, &["--json"]].concat())?;
-    ensure!(
-        output.status.success(),
-        "`ringfence {}`: {}",
-        arguments.join(" "),
-        String::from_utf8_lossy(&output.stderr).trim()
-    );
-    serde_json::from_slice(&output.stdout).context("reading the JSON")
-}
-
-/// What a command that must fail says.
-fn complaint(stage: &Stage, node: &str, arguments: &[&str]) -> Result<String> {
-    let output = ringfence(stage, node, arguments)?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(
-        !output.status.success() && !said.contains("panicked"),
-        "`ringfence {}` ended with {}: {said}",
-        arguments.join(" "),
-        output.status
-    );
-    Ok(said)
-}
-
-/// Asks about a connection to the test port of `web`.
-fn explain(stage: &Stage, from: &str, family: Family) -> Result<Value> {
-    let to = stage.port("web", family, TEST_PORT)?.to_string();
-    json(
-        stage,
-        SERVER_NODE,
-        &["authz", "explain", "--from", from, "--to", &to],
-    )
-}
-
-/// Both evaluators say this.
-fn both_say(explanation: &Value, verdict: &str, reason: &str) -> Result<()> {
-    for evaluator in ["reference", "kernel"] {
-        let said = &explanation[evaluator];
-        ensure!(
-            said["verdict"] == verdict && said["reason"] == reason,
-            "{evaluator} says {said}, not {verdict} ({reason})"
-        );
-    }
-    ensure!(
-        explanation.get("difference").is_none(),
-        "they differ: {explanation}"
-    );
-    Ok(())
-}
 
 fn an_explanation_is_what_the_kernel_says_and_what_happens(stage: &mut Stage) -> Result<Verdict> {
     let _application = stage.application()?;
@@ -156,24 +99,6 @@ fn an_explanation_is_what_the_kernel_says_and_what_happens(stage: &mut Stage) ->
     Ok(Verdict::Passed)
 }
 
-fn admit_by_address(mesh: &mut Mesh) {
-    mesh.policies.push(Policy {
-        name: "anyone-may-use-the-test-port".into(),
-        rules: vec![Rule {
-            ip_blocks: vec!["10.77.0.0/16".into(), "fd77::/16".into()],
-            ports: vec![TEST_PORT],
-            ..Rule::default()
-        }],
-        ..Policy::clients_may_use_web()
-    });
-}
-
-fn mode(mesh: &mut Mesh, mode: &str) {
-    for entry in &mut mesh.peer_authentication {
-        entry.mode = mode.to_owned();
-    }
-}
-
 fn an_explanation_names_the_field_that_does_not_match(stage: &mut Stage) -> Result<Verdict> {
     let why_not =
         |explanation: &Value| explanation["policies"][0]["rules"][0]["why_not"].to_string();
@@ -237,7 +162,7 @@ fn a_question_that_cannot_be_answered_is_refused_with_what_is_wrong(
     let file = manifest(stage, "broken.yaml", "kind: AuthorizationPolicy\nspec: [")?;
     let said = complaint(stage, SERVER_NODE, &["authz", "dry-run", &file])?;
     ensure!(said.contains("broken.yaml:"), "{said}");
-    let unknown = deny("demo", "no-more", "client").replace("principals", "principles");
+    let unknown = denial("demo", "no-more", "client").replace("principals", "principles");
     let file = manifest(stage, "unknown.yaml", &unknown)?;
     let said = complaint(stage, SERVER_NODE, &["authz", "dry-run", &file])?;
     ensure!(said.contains("principles"), "{said}");
@@ -250,15 +175,8 @@ fn a_question_that_cannot_be_answered_is_refused_with_what_is_wrong(
     Ok(Verdict::Passed)
 }
 
-/// Writes a manifest, and gives its path.
-fn manifest(stage: &Stage, name: &str, text: &str) -> Result<String> {
-    let path = stage.lab()?.dir().join(name);
-    std::fs::write(&path, text)?;
-    Ok(path.display().to_string())
-}
-
 /// Denies a service account everything in a namespace.
-fn deny(namespace: &str, name: &str, account: &str) -> String {
+fn denial(namespace: &str, name: &str, account: &str) -> String {
     format!(
         "apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -297,7 +215,11 @@ fn a_dry_run_shows_the_stream_that_is_cut_once_it_is_applied_and_changes_nothing
     goes_on()?;
 
     // The twin: a denial of somebody else.
-    let other = manifest(stage, "other.yaml", &deny(NAMESPACE, "no-more", "intruder"))?;
+    let other = manifest(
+        stage,
+        "other.yaml",
+        &denial(NAMESPACE, "no-more", "intruder"),
+    )?;
     let report = json(stage, SERVER_NODE, &["authz", "dry-run", &other])?;
     ensure!(
         !changes(&report)
@@ -306,7 +228,11 @@ fn a_dry_run_shows_the_stream_that_is_cut_once_it_is_applied_and_changes_nothing
         "{report}"
     );
 
-    let file = manifest(stage, "no-more.yaml", &deny(NAMESPACE, "no-more", "client"))?;
+    let file = manifest(
+        stage,
+        "no-more.yaml",
+        &denial(NAMESPACE, "no-more", "client"),
+    )?;
     let report = json(stage, SERVER_NODE, &["authz", "dry-run", &file])?;
     ensure!(report["policies"][0]["what"] == "new", "{report}");
     let cut: Vec<_> = changes(&report)
@@ -340,15 +266,13 @@ fn a_dry_run_shows_the_stream_that_is_cut_once_it_is_applied_and_changes_nothing
     )?;
 
     stage.lab_mut()?.update_mesh(|mesh| {
+        let rule = Rule {
+            principals: vec![principal("client")],
+            ..Rule::default()
+        };
         mesh.policies.push(Policy {
-            name: "no-more".into(),
             app: None,
-            action: Action::Deny,
-            rules: vec![Rule {
-                principals: vec![principal("client")],
-                ..Rule::default()
-            }],
-            ..Policy::clients_may_use_web()
+            ..deny("no-more", rule)
         });
     })?;
     let read = live.read(&mut [0; 1]).map_err(|error| error.kind());
@@ -470,14 +394,7 @@ fn wait_for(stage: &Stage, arguments: &[&str], is: impl Fn(&Value) -> bool) -> R
 
 fn every_verdict_is_a_line_of_the_audit_log_and_a_count(stage: &mut Stage) -> Result<Verdict> {
     let _application = stage.application()?;
-    let log = stage.lab()?.audit_log(SERVER_NODE);
-    let records = || -> Result<Vec<Value>> {
-        let text = std::fs::read_to_string(&log).context("reading the audit log")?;
-        text.lines()
-            .map(|line| serde_json::from_str(line).with_context(|| format!("the line {line}")))
-            .collect()
-    };
-    let before = records()?.len();
+    let before = audited(stage, SERVER_NODE)?.len();
     is_answered(&stage.attempt("client", Stage::service(Family::V4))?)?;
     is_refused(&stage.attempt("intruder", Stage::service(Family::V6))?)?;
     let target = stage.port("web", Family::V4, TEST_PORT)?;
@@ -485,7 +402,7 @@ fn every_verdict_is_a_line_of_the_audit_log_and_a_count(stage: &mut Stage) -> Re
     let client = format!("spiffe://{}", principal("client"));
     let intruder = format!("spiffe://{}", principal("intruder"));
     wait_until("the audit log", PATIENCE, || {
-        let new = records()?.split_off(before);
+        let new = audited(stage, SERVER_NODE)?.split_off(before);
         let has = |is: &dyn Fn(&Value) -> bool| new.iter().any(is);
         ensure!(
             has(&|r| r["verdict"] == "allow"

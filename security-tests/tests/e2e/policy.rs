@@ -5,10 +5,11 @@ use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use ringfence_lab::mesh::{Action, Mesh, Policy, Rule, TEST_PORT, principal};
+use ringfence_lab::mesh::{Policy, Rule, TEST_PORT, principal};
 use ringfence_lab::probe::{self, Acceptor, Outcome};
 use ringfence_lab::topology::Family;
 use ringfence_security_tests::cases;
+use ringfence_security_tests::edits::{admit_by_address, allow, deny, mode};
 use ringfence_security_tests::harness::{Case, Verdict};
 use ringfence_security_tests::server::Server;
 use ringfence_security_tests::stage::{
@@ -44,25 +45,6 @@ fn an_identity_that_no_policy_admits_is_refused_before_the_application_accepts(
         }
     }
     Ok(Verdict::Passed)
-}
-
-/// Admits everybody to the test port by address: what remains is the question of plaintext.
-fn admit_by_address(mesh: &mut Mesh) {
-    mesh.policies.push(Policy {
-        name: "anyone-may-use-the-test-port".into(),
-        rules: vec![Rule {
-            ip_blocks: vec!["10.77.0.0/16".into(), "fd77::/16".into()],
-            ports: vec![TEST_PORT],
-            ..Rule::default()
-        }],
-        ..Policy::clients_may_use_web()
-    });
-}
-
-fn mode(mesh: &mut Mesh, mode: &str) {
-    for entry in &mut mesh.peer_authentication {
-        entry.mode = mode.to_owned();
-    }
 }
 
 fn plaintext(stage: &Stage, family: Family) -> Result<Outcome> {
@@ -122,15 +104,6 @@ fn plaintext_is_refused_by_strict_and_accepted_by_permissive(stage: &mut Stage) 
         "the application accepted plaintext again"
     );
     Ok(Verdict::Passed)
-}
-
-fn deny(name: &str, rule: Rule) -> Policy {
-    Policy {
-        name: name.into(),
-        action: Action::Deny,
-        rules: vec![rule],
-        ..Policy::clients_may_use_web()
-    }
 }
 
 fn a_deny_rule_refuses_what_was_allowed_from_then_on(stage: &mut Stage) -> Result<Verdict> {
@@ -200,13 +173,9 @@ fn a_live_connection_ends_when_a_policy_denies_it_and_only_then(
         ports: vec![9001],
         ..Rule::default()
     };
-    stage.lab_mut()?.update_mesh(|mesh| {
-        mesh.policies.push(Policy {
-            name: "more".into(),
-            rules: vec![other],
-            ..Policy::clients_may_use_web()
-        });
-    })?;
+    stage
+        .lab_mut()?
+        .update_mesh(|mesh| mesh.policies.push(allow("more", other)))?;
     live.iter_mut()
         .try_for_each(goes_on)
         .context("a change that still admits them")?;

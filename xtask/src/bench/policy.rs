@@ -138,8 +138,11 @@ struct Verdicts {
     spread: Vec<Verdict>,
     /// The same, a quarter with an address block.
     spread_with_blocks: Vec<Verdict>,
+    /// The same, these blocks of every length from /8 to /32, one inside the other.
+    spread_with_lengths: Vec<Verdict>,
     one_workload: Vec<Verdict>,
     one_workload_with_blocks: Vec<Verdict>,
+    one_workload_with_lengths: Vec<Verdict>,
     /// Policies of which each dimension alone lets half through, and all together none.
     one_workload_worst: Vec<Verdict>,
     costs: Vec<Costs>,
@@ -158,10 +161,12 @@ struct Verdict {
     none_ns: Option<f64>,
 }
 
-/// Policies of one workload, a quarter with an address block.
+/// Policies of one workload, with address blocks in a quarter of them, or five in each.
 #[derive(Debug, Serialize, Deserialize)]
 struct Costs {
     policies: usize,
+    /// Address blocks that they name.
+    prefixes: usize,
     terms: usize,
     compile_seconds: f64,
     /// The mask of one more identity.
@@ -207,12 +212,20 @@ impl Report {
                 &self.verdicts.spread_with_blocks,
             ),
             (
+                "the same, a quarter with an address block of any length from /8 to /32",
+                &self.verdicts.spread_with_lengths,
+            ),
+            (
                 "all on one workload, by identity and port",
                 &self.verdicts.one_workload,
             ),
             (
                 "the same, a quarter with an address block",
                 &self.verdicts.one_workload_with_blocks,
+            ),
+            (
+                "the same, a quarter with an address block of any length from /8 to /32",
+                &self.verdicts.one_workload_with_lengths,
             ),
             (
                 "the worst on one workload: each dimension lets half through, all together none",
@@ -235,15 +248,13 @@ impl Report {
                 lines.push(format!("{growth:.2} times from the fewest to the most"));
             }
         }
-        lines.extend([
-            String::new(),
-            "policies of one workload, a quarter with an address block:".to_owned(),
-        ]);
+        lines.extend([String::new(), "policies of one workload:".to_owned()]);
         lines.extend(costs.iter().map(|of| {
             format!(
-                "{:>10} policies: compiled in {:.1} ms, installed in {:.1} ms, {:.0} KiB of maps; \
-                 one more identity {:.1} µs",
+                "{:>10} policies, {} address blocks: compiled in {:.1} ms, installed in {:.1} ms, \
+                 {:.0} KiB of maps; one more identity {:.1} µs",
                 of.policies,
+                of.prefixes,
                 of.compile_seconds * 1e3,
                 of.install_seconds * 1e3,
                 of.map_bytes as f64 / 1024.0,

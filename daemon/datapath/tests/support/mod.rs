@@ -15,7 +15,7 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, setns, unshare};
-use ringfence_bpf_common::{Addr, Endpoint, POD_READY, Pod, WORKLOAD_MESH, Workload};
+use ringfence_bpf_common::{Addr, Endpoint, OriginalDst, POD_READY, Pod, WORKLOAD_MESH, Workload};
 use ringfence_datapath::{Datapath, Options, netns_cookie};
 use ringfence_policies::{CompiledSet, TermMask};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -233,6 +233,11 @@ impl Lab {
         self.pod.listen(SocketAddr::new(address, OUTBOUND))
     }
 
+    /// Where the connection of a socket that the agent accepted was going.
+    pub fn original(&self, accepted: &impl AsFd) -> Option<OriginalDst> {
+        self.datapath.original_destination(accepted.as_fd())
+    }
+
     pub fn counter(&self, name: &str) -> u64 {
         let counters = self.datapath.counters().unwrap();
         counters
@@ -269,13 +274,14 @@ pub fn endpoint(address: IpAddr, port: u16) -> Endpoint {
 
 /// Asks until it is so, for what the kernel does on a queue of its own.
 pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    for _ in 0..1000 {
+    // A SYN that is sent again may be 16 s late; an emulated guest is slow as well.
+    for _ in 0..6000 {
         if is_so() {
             return;
         }
         thread::park_timeout(Duration::from_millis(10));
     }
-    panic!("not after ten seconds: {what}");
+    panic!("not after a minute: {what}");
 }
 
 /// `::ffff:a.b.c.d`

@@ -169,6 +169,62 @@ fn identity_is_prepared_when_it_first_connects() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn idle_identities_make_room_and_those_in_use_keep_theirs() {
+    let Some(kernel) = Kernel::of("idle") else {
+        return;
+    };
+    let identities = Identities::default();
+    let mut store = PolicyStore::new("root");
+    store.insert(allowing("a/p", from_namespace("a")));
+    let sets = Sets {
+        enough_bound: 2,
+        ..sets_after(0)
+    };
+    let policies = store.applicable("a", NAMES_NONE);
+    let set = sets.acquire(policies, at(1), &kernel.0).unwrap();
+    let pod = PodPolicy::default();
+    pod.replace(Some(set.clone()), |_| Ok(())).unwrap();
+    let [idle, used, third, fourth] = ["w", "x", "y", "z"].map(|account| {
+        let id = SpiffeId::parse(&format!("spiffe://td/ns/a/sa/{account}")).unwrap();
+        let aliases = TrustDomainAliases::default();
+        identities.number(&id, &aliases).unwrap()
+    });
+    let connects = |identity| {
+        let connect = || kernel.judge(set.number(), identity);
+        let judged = pod.with_identity(&identities, &kernel.0, identity, connect);
+        judged.unwrap().1
+    };
+    let in_kernel = || {
+        let of = |identity| kernel.judge(set.number(), identity) == Reason::Allowed;
+        [idle, used, third, fourth].map(of)
+    };
+    assert_eq!([idle, used].map(connects), [Reason::Allowed; 2]);
+    tokio::time::advance(IDLE / 2).await;
+    assert_eq!(connects(used), Reason::Allowed);
+    // Nobody is idle: who comes is admitted all the same, and nobody loses anything.
+    assert_eq!(connects(third), Reason::Allowed);
+    assert_eq!(in_kernel(), [true, true, true, false]);
+
+    tokio::time::advance(IDLE / 2).await;
+    assert_eq!(connects(fourth), Reason::Allowed);
+    assert_eq!(
+        in_kernel(),
+        [false, true, true, true],
+        "the idle one is gone"
+    );
+    assert_eq!(kernel.judge(set.number(), idle), Reason::UnknownIdentity);
+    // Its live streams are judged as before, and its next connection brings it back.
+    let live = Judged {
+        set: set.number(),
+        identity: idle,
+        source: [10, 0, 0, 9].into(),
+        destination: ([10, 0, 0, 1], 80).into(),
+    };
+    assert!(pod.admits(&identities, &live, false));
+    assert_eq!(connects(idle), Reason::Allowed);
+}
+
 #[test]
 fn live_connection_outlives_a_missing_policy_while_it_is_waited_for_and_no_longer() {
     let Some(kernel) = Kernel::of("waiting") else {
