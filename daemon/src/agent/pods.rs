@@ -429,9 +429,13 @@ fn put_policies(
         (None, None) => {}
     }
     let number = set.as_ref().map(|set| set.number());
-    let replaced = pod.policy.replace(set.clone(), activate);
     // What was waited for in vain closes the pod: for live connections from now on.
     let gave_up = pod.hold.until().is_some() && until.is_none() && missing;
+    if until.is_some() {
+        // Before the set that refuses for want of a policy, so that it refuses nobody.
+        pod.hold.set(until);
+    }
+    let replaced = pod.policy.replace(set.clone(), activate);
     // Whatever the kernel said: who waits until a time that has passed never sleeps again.
     pod.hold.set(until);
     let replaced = match replaced {
