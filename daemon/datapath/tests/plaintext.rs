@@ -276,9 +276,11 @@ fn connect_that_is_under_way_at_enrolment_comes_to_nothing() {
         let lab = Lab::bare();
         // Somebody who does not answer yet: the SYN is sent again and again.
         let silent = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 88));
+        // In this order: a device that changes its address forgets all neighbours, and a SYN
+        // that waits for one comes to its end after three seconds.
+        set_hardware_addresses(&lab.pod, &lab.wire);
         lab.pod
             .ip("neigh add 10.77.0.88 lladdr 02:00:00:00:00:01 dev eth0");
-        set_hardware_addresses(&lab.pod, &lab.wire);
         lab.install(0, &[(0, terms(&[]))]);
         if guarded {
             // It lets everything pass until the pod is enrolled.
