@@ -78,7 +78,8 @@ fn kernel_decides_as_the_reference_does() {
     }
     let (pairs, sets, too_large) = (pairs.get(), sets.get(), too_large.get());
     let cut = if pairs < wanted { ", CUT SHORT" } else { "" };
-    eprintln!(
+    // For `cargo xtask bench policy`.
+    println!(
         "oracle: {pairs} of {wanted} pairs of {sets} policy sets, {too_large} of them too large for \
          the kernel's tables, in {:.1} s{cut}",
         begin.elapsed().as_secs_f64()

@@ -88,8 +88,10 @@ fn oracle(pairs: u64) -> Result<String> {
         .args(["--test", "oracle", "--", "--nocapture"])
         .env("RINGFENCE_ORACLE_PAIRS", pairs.to_string());
     let output = output(command)?;
-    let line = output.lines().find(|line| line.starts_with("oracle:"));
-    Ok(line.context("the comparison printed no result")?.to_owned())
+    // The name of the test may be in front of it.
+    let line = output.lines().find_map(|line| line.split_once("oracle: "));
+    let (_, result) = line.context("the comparison printed no result")?;
+    Ok(result.to_owned())
 }
 
 /// Standard output of a command that has to succeed.
